@@ -1,0 +1,179 @@
+"""One seeded sampler for teacher and student: diffusers' own steps, written as four numbers each."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from einops import rearrange
+from torch import Tensor
+
+from ddpm_mnist.unet import make_noise_schedule
+
+# A denoiser is called as `eps = denoiser(x_t, t).sample`: x_t float (N, 1, 28, 28), t long (N,).
+Denoiser = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass
+class SamplerConfig:
+    solver: str = "dpm++"
+    """"ddim": DDIM with the clipped model output. "dpm++": DPM-Solver++ (2M) with clipped x0."""
+    num_steps: int = 20
+    """Denoising steps, spaced over the 1000 training timesteps from the last one down ("trailing")."""
+    eta: float = 0.0
+    """DDIM's η (arXiv 2010.02502, eq. 16): 0 is deterministic, 1 adds as much noise as DDPM. "ddim" only."""
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("ddim", "dpm++"):
+            raise ValueError(f'solver must be "ddim" or "dpm++", not "{self.solver}"')
+        if not 1 <= self.num_steps <= 1000:
+            raise ValueError(f"num_steps must lie in 1…1000, not {self.num_steps}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], not {self.eta}")
+        if self.eta and self.solver != "ddim":
+            raise ValueError('eta is DDIM\'s: with solver "dpm++" it must be 0')
+
+
+def make_scheduler(config: SamplerConfig) -> DDIMScheduler | DPMSolverMultistepScheduler:
+    """The diffusers scheduler that `config` names, over the teacher's noise schedule, its timesteps set."""
+    common = {"timestep_spacing": "trailing", "clip_sample": True}
+    scheduler: DDIMScheduler | DPMSolverMultistepScheduler
+    if config.solver == "ddim":
+        scheduler = DDIMScheduler.from_config(make_noise_schedule().config, **common)
+    else:
+        scheduler = DPMSolverMultistepScheduler(
+            beta_schedule="linear",
+            timestep_spacing="trailing",
+            final_sigmas_type="zero",
+            thresholding=True,  # with these three: x0 clipped to [-1, 1]
+            dynamic_thresholding_ratio=1.0,
+            sample_max_value=1.0,
+        )
+    scheduler.set_timesteps(config.num_steps)
+    return scheduler
+
+
+class Solver:
+    """A linear solver: every step is x' = a·x + b·x0 + c·x0_prev + s·z.
+
+    x0 = clip((x − σ_t·ε) / α_t) to [-1, 1] is what the denoiser's ε implies, x0_prev the same of the step
+    before, z fresh noise. DDIM (with the clipped model output, at any η) and DPM-Solver++ (2M) are of this
+    form, and samples of one batch may stand at different steps, which no scheduler of diffusers allows.
+
+    Attributes:
+        timesteps: long (T,), the training timestep of each step, falling.
+        coefficients: float (T, 4), the rows (a, b, c, s).
+        is_stochastic: whether any step adds noise.
+    """
+
+    def __init__(self, config: SamplerConfig):
+        scheduler = make_scheduler(config)
+        self.config = config
+        self.timesteps: Tensor = scheduler.timesteps.clone()
+        alphas_cumprod = scheduler.alphas_cumprod[self.timesteps]
+        self._alpha, self._sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        self.coefficients = _read_coefficients(scheduler, config)
+        self.is_stochastic = bool(self.coefficients[:, 3].any())
+
+    def predict_x0(self, step: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+        """The clipped x0 of `eps` at `step` long (N,); x and eps float (N, C, H, W)."""
+        alpha, sigma = (_per_sample(table, step, x) for table in (self._alpha, self._sigma))
+        return ((x - sigma * eps) / alpha).clamp(-1, 1)
+
+    def advance(self, step: Tensor, x: Tensor, x0: Tensor, x0_prev: Tensor, z: Tensor | None = None) -> Tensor:
+        """The state after `step` long (N,); at step 0 the value of `x0_prev` does not count."""
+        a, b, c, s = (_per_sample(column, step, x) for column in self.coefficients.T)
+        x = a * x + b * x0 + c * x0_prev
+        return x if z is None else x + s * z
+
+
+def _per_sample(table: Tensor, step: Tensor, x: Tensor) -> Tensor:
+    return table.to(x.device)[step].view(-1, 1, 1, 1)
+
+
+def _read_coefficients(scheduler: Any, config: SamplerConfig) -> Tensor:
+    """Feed diffusers' own step with unit vectors, one axis for x, each x0 and z, and read (a, b, c, s) off it."""
+    num_steps = config.num_steps
+    probe = type(scheduler).from_config(
+        scheduler.config, prediction_type="sample", clip_sample=False, thresholding=False
+    )
+    probe.set_timesteps(num_steps)
+    *x0_axes, x_axis, z_axis = torch.eye(num_steps + 2)
+    options = {}
+    if config.solver == "ddim":
+        options = {"eta": config.eta, "use_clipped_model_output": True, "variance_noise": z_axis}
+    rows = []
+    for step, t in enumerate(probe.timesteps):
+        out = probe.step(x0_axes[step], t, x_axis, **options).prev_sample
+        before = out[step - 1] if step else torch.zeros(())
+        rows.append(torch.stack([out[num_steps], out[step], before, out[num_steps + 1]]))
+    return torch.stack(rows)
+
+
+class Step(NamedTuple):
+    """One denoising step of a batch: its number, the state before, the denoiser's answer, the state after."""
+
+    index: int
+    x: Tensor
+    eps: Tensor
+    x_next: Tensor
+
+
+def image_generators(seeds: range) -> list[torch.Generator]:
+    """One generator per image, so that an image depends on its own seed and on nothing else."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(generators: list[torch.Generator]) -> Tensor:
+    """The next noise of every image, float (N, 1, 28, 28), on the CPU."""
+    return torch.stack([torch.randn(1, 28, 28, generator=generator) for generator in generators])
+
+
+@torch.no_grad()
+def denoise(denoiser: Denoiser, solver: Solver, seeds: range, device: str | torch.device = "cpu") -> Iterator[Step]:
+    """Denoise one batch from the noise of `seeds`, yielding every step; the last `x_next` is the image."""
+    generators = image_generators(seeds)
+    x = draw_noise(generators).to(device)
+    x0_prev = torch.zeros_like(x)
+    for index, t in enumerate(solver.timesteps.tolist()):
+        step = torch.full((len(x),), index, device=device)
+        eps = denoiser(x, torch.full_like(step, t)).sample
+        x0 = solver.predict_x0(step, x, eps)
+        z = draw_noise(generators).to(device) if solver.is_stochastic else None
+        x_next = solver.advance(step, x, x0, x0_prev, z)
+        yield Step(index, x, eps, x_next)
+        x, x0_prev = x_next, x0
+
+
+def batches(seed: int, count: int, batch_size: int) -> Iterator[range]:
+    """The seeds `seed` … `seed + count - 1`, at most `batch_size` at a time."""
+    for start in range(seed, seed + count, batch_size):
+        yield range(start, min(start + batch_size, seed + count))
+
+
+def sample(
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], None] = lambda images: None,
+) -> Tensor:
+    """Images uint8 (num_images, 28, 28) on the CPU; image i starts from the noise of seed + i.
+
+    `progress` is called after each batch with the number of images that it held.
+    """
+    solver, images = Solver(config), []
+    for seeds in batches(seed, num_images, batch_size):
+        for step in denoise(denoiser, solver, seeds, device):
+            x = step.x_next
+        images.append(to_uint8(x))
+        progress(len(seeds))
+    return torch.cat(images)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images float (N, 1, 28, 28) in [-1, 1] → uint8 (N, 28, 28) on the CPU."""
+    return rearrange(((x.clamp(-1, 1) + 1) * 127.5).round().byte(), "n 1 h w -> n h w").cpu()

@@ -1,0 +1,171 @@
+"""The teacher's training: DDPM's ε-prediction on MNIST, resumable to the bit."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from einops import rearrange
+from torch import Tensor
+from torchvision.utils import save_image
+
+from ddpm_mnist.data import load_mnist
+from ddpm_mnist.runs import RunState, progress
+from ddpm_mnist.sampler import SamplerConfig, sample
+from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
+
+
+@dataclass
+class TeacherConfig:
+    output: Path = Path("runs/teacher")
+    """Run folder. A run that was interrupted goes on from its last state."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    total_updates: int = 20_000
+    """Optimiser updates. They may be raised before the learning rate begins to fall: a run then goes on."""
+    batch_size: int = 64
+    """Images per update and process."""
+    learning_rate: float = 2e-3
+    """Adam's learning rate between warm-up and decay."""
+    warmup_updates: int = 500
+    """Updates over which the learning rate rises linearly from zero."""
+    decay_fraction: float = 0.4
+    """Last part of the run, over which the learning rate falls linearly to zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    snr_gamma: float | None = 5.0
+    """Min-SNR loss weight min(SNR, γ) / SNR (arXiv 2303.09556, eq. 8 for ε). None: the unweighted loss of DDPM."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, which is what is saved and sampled."""
+    mixed_precision: str = "no"
+    """accelerate's: "no", "bf16" or "fp16"."""
+    seed: int = 0
+    """Seeds the initial weights and, with the update's number, everything that an update draws."""
+    log_every: int = 50
+    """Updates between two lines of log.jsonl."""
+    save_every: int = 500
+    """Updates between two saved states."""
+    grid_every: int = 2_500
+    """Updates between two grids of samples, `samples/<update>.png`."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_updates", "batch_size", "learning_rate", "log_every", "save_every", "grid_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must lie in [0, 1], not {self.decay_fraction}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f'mixed_precision must be "no", "bf16" or "fp16", not "{self.mixed_precision}"')
+
+
+def learning_rate(config: TeacherConfig, update: int) -> float:
+    """Warm-up, plateau, linear decay: the trapezoid of arXiv 2405.18392."""
+    rise = (update + 1) / max(config.warmup_updates, 1)
+    fall = (config.total_updates - update) / max(config.decay_fraction * config.total_updates, 1)
+    return config.learning_rate * min(rise, fall, 1.0)
+
+
+def draw_batch(images: Tensor, batch_size: int, seed: int, update: int, rank: int) -> tuple[Tensor, ...]:
+    """What one update of one process draws, a function of its arguments alone, so that a resumed run repeats it.
+
+    Args:
+        images: uint8 (M, 28, 28).
+
+    Returns:
+        x0 float (N, 1, 28, 28) in [-1, 1]; eps the same shape; t long (N,) in 0…999.
+    """
+    generator = torch.Generator().manual_seed((seed << 40) + (rank << 32) + update)
+    index = torch.randint(len(images), (batch_size,), generator=generator)
+    x0 = rearrange(images[index], "n h w -> n 1 h w").float() / 127.5 - 1
+    eps = torch.randn(x0.shape, generator=generator)
+    t = torch.randint(1000, (batch_size,), generator=generator)
+    return x0, eps, t
+
+
+def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
+    """The weight of the squared error in ε for each of the 1000 timesteps, shape (1000,)."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return torch.ones_like(snr) if snr_gamma is None else snr.clamp(max=snr_gamma) / snr
+
+
+def train_teacher(config: TeacherConfig) -> Path:
+    """Train the teacher of `config` on MNIST, or go on where its folder left off.
+
+    Writes log.jsonl, samples/*.png, state/, and at the end unet/ and scheduler/.
+
+    Raises:
+        InputError: MNIST cannot be had, or the folder belongs to another configuration.
+    """
+    images, _ = load_mnist("train")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    torch.manual_seed(config.seed)
+    unet = make_unet(config.unet)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=0.0, betas=(0.9, 0.99), fused=True)
+    ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
+
+    fingerprint = dataclasses.asdict(config)
+    for free in ("output", "total_updates", "log_every", "save_every", "grid_every"):
+        del fingerprint[free]
+    run = RunState(config.output, fingerprint)
+    first, seconds_before = 0, 0.0
+    if (state := run.load()) is not None:
+        unet.load_state_dict(state["unet"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        first, seconds_before = state["update"], state["seconds"]
+
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    ema.to(accelerator.device)
+    schedule = make_noise_schedule()
+    weight = loss_weight(schedule.alphas_cumprod, config.snr_gamma).to(accelerator.device)
+    start = time.monotonic()
+    losses: list[Tensor] = []
+    with progress("teacher", config.total_updates, first, accelerator.is_main_process) as advance:
+        for update in range(first, config.total_updates):
+            batch = draw_batch(images, config.batch_size, config.seed, update, accelerator.process_index)
+            x0, eps, t = (tensor.to(accelerator.device) for tensor in batch)
+            with accelerator.autocast():
+                prediction = unet(schedule.add_noise(x0, eps, t), t).sample
+            loss = (weight[t] * (prediction.float() - eps).square().mean((1, 2, 3))).mean()
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, update)
+            optimizer.step()
+            ema.step(unet.parameters())
+            losses.append(loss.detach())
+
+            done = update + 1
+            seconds = seconds_before + time.monotonic() - start
+            last = done == config.total_updates
+            if accelerator.is_main_process and (done % config.log_every == 0 or last):
+                mean = torch.stack(losses).mean().item()
+                losses.clear()
+                run.log(update=done, loss=mean, learning_rate=learning_rate(config, update), seconds=seconds)
+                advance(done, f"loss {mean:.4f}")
+            if accelerator.is_main_process and (done % config.grid_every == 0 or last):
+                ema.store(unet.parameters())
+                ema.copy_to(unet.parameters())
+                pictures = sample(unet, SamplerConfig(), num_images=64, device=accelerator.device).float() / 255
+                (config.output / "samples").mkdir(exist_ok=True)
+                save_image(rearrange(pictures, "n h w -> n 1 h w"), config.output / "samples" / f"{done:06d}.png")
+                ema.restore(unet.parameters())
+            if accelerator.is_main_process and (done % config.save_every == 0 or last):
+                whole = accelerator.unwrap_model(unet)
+                run.save(
+                    {
+                        "unet": whole.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "ema": ema.state_dict(),
+                        "update": done,
+                        "seconds": seconds,
+                    }
+                )
+    if accelerator.is_main_process:
+        whole = accelerator.unwrap_model(unet)
+        ema.copy_to(whole.parameters())
+        save_teacher(whole, config.output)
+    return config.output

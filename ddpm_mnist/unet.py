@@ -1,0 +1,59 @@
+"""The teacher's network: configuration → diffusers `UNet2DModel`, and its folder on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+@dataclass
+class UNetConfig:
+    block_out_channels: tuple[int, ...] = (16, 32, 64)
+    """Channels of each resolution, from 28×28 down; the resolution halves from one to the next."""
+    layers_per_block: int = 1
+    """Residual blocks per resolution on the way down; one more on the way up."""
+    norm_num_groups: int = 8
+    """Groups of every GroupNorm; divides every entry of `block_out_channels`."""
+    attention_head_dim: int = 16
+    """Channels per attention head. Attention sits at the lowest resolution (7×7) only."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.block_out_channels) <= 3:
+            raise ValueError("block_out_channels needs 1 to 3 entries: 28×28 can be halved twice")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {channels} channels")
+
+
+def make_unet(config: UNetConfig) -> UNet2DModel:
+    """A denoiser of the house: `eps = unet(x_t, t).sample`, x_t float (N, 1, 28, 28), t long (N,) or scalar."""
+    depth = len(config.block_out_channels)
+    return UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        attention_head_dim=config.attention_head_dim,
+        down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
+    )
+
+
+def make_noise_schedule() -> DDPMScheduler:
+    """The forward process of DDPM (arXiv 2006.11239, section 4): 1000 steps, β linear from 1e-4 to 0.02."""
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+
+
+def save_teacher(unet: UNet2DModel, folder: Path) -> None:
+    """Write `folder/unet` and `folder/scheduler`: the layout of diffusers' pipelines."""
+    unet.save_pretrained(folder / "unet")
+    DDIMScheduler.from_config(make_noise_schedule().config).save_pretrained(folder / "scheduler")
+
+
+def load_teacher(folder: Path = PRETRAINED) -> UNet2DModel:
+    """The teacher in `folder` (by default the released one), in evaluation mode, its parameters frozen."""
+    return UNet2DModel.from_pretrained(folder, subfolder="unet").eval().requires_grad_(False)

@@ -1,0 +1,175 @@
+"""Distillation without data: objectives, parameter groups, loop."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_mnist.runs import RunState, progress
+from ddpm_mnist.sampler import Solver
+from finetune.trajectories import Trajectories
+from quant import QuantizedUNet
+
+
+@dataclass
+class DistillConfig:
+    objective: str = "rollout"
+    """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7)."""
+    num_updates: int = 400
+    """Optimiser updates."""
+    batch_size: int = 16
+    """Trajectories ("rollout") or states ("per-step") per update."""
+    rollout_steps: int = 5
+    """K, the student's steps per rollout."""
+    lr_adapters: float = 0.1
+    """Learning rate of A and B as a factor of the layer's mean weight step size (scale-aware, eq. 8)."""
+    lr_weight_scales: float = 1e-3
+    """Learning rate of the weight step sizes as a factor of the layer's mean one."""
+    lr_act_scales: float = 5e-3
+    """Learning rate of the activation step sizes as a factor of the layer's mean one."""
+    lr_zero_points: float = 1e-2
+    """Learning rate of the zero points in codes."""
+    warmup_updates: int = 20
+    """Updates over which the learning rates rise; they fall to zero along a cosine from there."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    log_every: int = 10
+    """Updates between two lines of log.jsonl."""
+    save_every: int = 50
+    """Updates between two saved states."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective}")
+        for name in ("num_updates", "batch_size", "rollout_steps", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr_adapters", "lr_weight_scales", "lr_act_scales", "lr_zero_points", "warmup_updates"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm must be positive, not {self.max_grad_norm}")
+
+
+def per_step_loss(student: nn.Module, solver: Solver, buffer: Trajectories, config: DistillConfig, generator: torch.Generator) -> Tensor:
+    """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over a batch of mixed trajectories and timesteps."""
+    who, step = _draw(buffer, buffer.eps.shape[1], config.batch_size, generator)
+    eps = student(buffer.x[who, step], solver.timesteps.to(step.device)[step]).sample
+    return (eps - buffer.eps[who, step]).square().mean()
+
+
+def rollout_loss(student: nn.Module, solver: Solver, buffer: Trajectories, config: DistillConfig, generator: torch.Generator) -> Tensor:
+    """Σ_k ‖x̂_{t−k} − x_{t−k}‖² / K along K student steps from a state of the teacher's trajectory.
+
+    Each sample of the batch starts at a step of its own. A solver with memory (DPM-Solver++) starts from the
+    teacher's x0 of the step before, and hands on the student's own after that.
+    """
+    num_steps = buffer.eps.shape[1]
+    rollout_steps = min(config.rollout_steps, num_steps)
+    who, step = _draw(buffer, num_steps - rollout_steps + 1, config.batch_size, generator)
+    before = (step - 1).clamp(min=0)
+    x = buffer.x[who, step]
+    x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.eps[who, before])
+    timesteps = solver.timesteps.to(step.device)
+    losses = []
+    for _ in range(rollout_steps):
+        x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
+        x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
+        losses.append((x - buffer.x[who, step]).square().mean())
+    return torch.stack(losses).mean()
+
+
+OBJECTIVES = {"per-step": per_step_loss, "rollout": rollout_loss}
+
+
+def _draw(buffer: Trajectories, num_starts: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` random trajectories, and a random step below `num_starts` for each."""
+    who = torch.randint(len(buffer.x), (count,), generator=generator)
+    step = torch.randint(num_starts, (count,), generator=generator)
+    return who.to(buffer.x.device), step.to(buffer.x.device)
+
+
+def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict[str, Any]]:
+    """What is learned, each with its learning rate; nothing else is. Sets `requires_grad` accordingly.
+
+    Under Adam a factor on the gradient changes nothing, so the update of B·A is kept in proportion to the layer's
+    mean weight step size s̄ (scale-aware, EfficientDM, eq. 8) by its learning rate, one per layer.
+    """
+    student.requires_grad_(False)
+    groups = []
+
+    def learn(name: str, parameters: list[nn.Parameter], lr: float, floor: float | None = None) -> None:
+        if lr > 0:
+            learned = [parameter.requires_grad_() for parameter in parameters]
+            groups.append({"name": name, "params": learned, "peak_lr": lr, "floor": floor})
+
+    for name, layer in student.layers():
+        weights, activations = layer.weight_quantizer, layer.act_quantizer
+        weight_scale, act_scale = weights.scale.mean().item(), activations.scale.mean().item()
+        learn(f"{name}.lora", [layer.lora_a, layer.lora_b], config.lr_adapters * weight_scale)
+        learn(f"{name}.weight_scale", [weights.scale], config.lr_weight_scales * weight_scale, weight_scale / 100)
+        learn(f"{name}.act_scale", [activations.scale], config.lr_act_scales * act_scale, act_scale / 100)
+        learn(f"{name}.act_zero_point", [activations.zero_point], config.lr_zero_points)
+    return groups
+
+
+def learning_rate_factor(config: DistillConfig, update: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = min((update + 1) / max(config.warmup_updates, 1), 1.0)
+    return warmup * 0.5 * (1 + math.cos(math.pi * update / config.num_updates))
+
+
+def distill(
+    student: QuantizedUNet, solver: Solver, buffer: Trajectories, config: DistillConfig, run: RunState, seed: int
+) -> None:
+    """Train `student` in place on the teacher's `buffer`, or go on from the state in `run`.
+
+    What an update draws is a function of `seed` and its number, so a resumed run equals an uninterrupted one.
+    """
+    groups = parameter_groups(student, config)
+    optimizer = torch.optim.Adam(groups, lr=0.0)
+    learned = [parameter for group in groups for parameter in group["params"]]
+    first, seconds_before = 0, 0.0
+    if (state := run.load()) is not None:
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds_before = state["update"], state["seconds"]
+    objective = OBJECTIVES[config.objective]
+    start, losses = time.monotonic(), []
+    with progress("distilling", config.num_updates, first) as advance:
+        for update in range(first, config.num_updates):
+            generator = torch.Generator().manual_seed((seed << 40) + update)
+            loss = objective(student, solver, buffer, config, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
+            factor = learning_rate_factor(config, update)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak_lr"]
+            optimizer.step()
+            keep_step_sizes_positive(groups)
+            losses.append(loss.detach())
+
+            done = update + 1
+            seconds = seconds_before + time.monotonic() - start
+            last = done == config.num_updates
+            if done % config.log_every == 0 or last:
+                mean = torch.stack(losses).mean().item()
+                losses.clear()
+                run.log(update=done, loss=mean, learning_rate_factor=factor, seconds=seconds)
+                advance(done, f"loss {mean:.5f}")
+            if done % config.save_every == 0 or last:
+                saved = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+                run.save({**saved, "update": done, "seconds": seconds})
+
+
+@torch.no_grad()
+def keep_step_sizes_positive(groups: list[dict[str, Any]]) -> None:
+    """Stop a step size that heads for zero at its group's floor: beyond it codes change their sign."""
+    for group in groups:
+        if group["floor"] is not None:
+            for parameter in group["params"]:
+                parameter.clamp_(min=group["floor"])

@@ -1,0 +1,44 @@
+"""The only data there is: the teacher's own denoising, from noise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_mnist.sampler import Denoiser, Solver, batches, denoise
+
+# Seeds of the noise that fills the buffer; scoring counts its own up from 0.
+BUFFER_SEED = 1 << 40
+
+
+@dataclass
+class Trajectories:
+    """M trajectories of T steps.
+
+    Attributes:
+        x: float (M, T + 1, 1, 28, 28), the states from noise (0) to image (T).
+        eps: float (M, T, 1, 28, 28), the teacher's answer at each state but the last.
+    """
+
+    x: Tensor
+    eps: Tensor
+
+
+def make_trajectories(
+    teacher: Denoiser,
+    solver: Solver,
+    count: int,
+    seed: int,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], None] = lambda trajectories: None,
+) -> Trajectories:
+    """Denoise `count` noises of the buffer's own range of seeds with the teacher, and keep every step on `device`."""
+    states, answers = [], []
+    for seeds in batches(BUFFER_SEED + seed * (1 << 20), count, batch_size):
+        steps = list(denoise(teacher, solver, seeds, device))
+        states.append(torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1))
+        answers.append(torch.stack([step.eps for step in steps], dim=1))
+        progress(len(seeds))
+    return Trajectories(torch.cat(states), torch.cat(answers))

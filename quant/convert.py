@@ -1,0 +1,140 @@
+"""From a float UNet to a quantized one: which layer gets which bits."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from quant.quantizers import Clock
+
+
+@dataclass
+class QuantConfig:
+    weight_bits: int = 4
+    """Bits of every weight, 2…8, but for the layers of `edge_bits`."""
+    act_bits: int = 4
+    """Bits of the input of every convolution and linear layer, 2…8, but for the layers of `edge_bits`."""
+    edge_bits: int = 8
+    """Bits of weights and inputs of the first and the last convolution and of the time embedding, 2…8."""
+    rank: int = 8
+    """Rank of the adapters of QALoRA."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "act_bits", "edge_bits"):
+            if not 2 <= getattr(self, name) <= 8:
+                raise ValueError(f"{name} must lie in 2…8, not {getattr(self, name)}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+
+
+class QuantizedUNet(nn.Module):
+    """A denoiser of low bits: `eps = model(x_t, t).sample`, as the UNet that it was made from.
+
+    Sets the clock from t in each forward; samples of one batch may have different t. For a t between two of
+    `clock.timesteps` step sizes and zero points are interpolated.
+    """
+
+    def __init__(self, unet: UNet2DModel, config: QuantConfig, clock: Clock):
+        super().__init__()
+        self.unet = unet
+        self.quant_config = config
+        self.clock = clock
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+        self.clock.set(torch.as_tensor(timestep, device=sample.device).reshape(-1))
+        try:
+            return self.unet(sample, timestep, *args, **kwargs)
+        finally:
+            self.clock.unset()
+
+    # diffusers' pipelines ask a denoiser for these three.
+    @property
+    def config(self) -> Any:
+        return self.unet.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def layers(self) -> Iterator[tuple[str, QuantLayer]]:
+        """The quantized layers with their names, in the order of the network's definition."""
+        for name, module in self.unet.named_modules():
+            if isinstance(module, QuantLayer):
+                yield name, module
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `model.safetensors` and `config.json` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        unet = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        config = {
+            "unet": unet,
+            "quantization": dataclasses.asdict(self.quant_config),
+            "timesteps": self.clock.timesteps,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "QuantizedUNet":
+        """Read what `save_pretrained` wrote, in evaluation mode; nothing else is needed."""
+        config = json.loads((folder / "config.json").read_text())
+        unet = UNet2DModel.from_config(config["unet"])
+        model = quantize(unet, QuantConfig(**config["quantization"]), config["timesteps"])
+        model.unet.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval()
+
+
+def quantize(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -> QuantizedUNet:
+    """A quantized copy of `unet`; weights have their searched step sizes, activations await `calibrate`.
+
+    Every convolution and linear layer is replaced, shortcuts, samplers and attention projections included; the
+    layers of `config.edge_bits` are found by their place in the structure. The projections to query, key and
+    value become one layer: they share their input, so one quantizer serves the three.
+
+    Args:
+        timesteps: the training timesteps of the T sampling steps.
+
+    Raises:
+        ValueError: `unet` has a part that cannot be quantized, or lacks conv_in, conv_out or time_embedding.
+    """
+    unet = copy.deepcopy(unet).requires_grad_(False)
+    clock = Clock(timesteps)
+    edges: set[nn.Module] = set()
+    for name in ("conv_in", "conv_out", "time_embedding"):
+        part = getattr(unet, name, None)
+        if not isinstance(part, nn.Module):
+            raise ValueError(f"{type(unet).__name__} has no {name}: only diffusers UNets can be quantized")
+        edges.update(part.modules())
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, Attention):
+            _fuse_projections(name, module)
+    for name, module in list(unet.named_modules()):
+        layer = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}.get(type(module))
+        if layer is None:
+            continue
+        bits = (config.edge_bits,) * 2 if module in edges else (config.weight_bits, config.act_bits)
+        unet.set_submodule(name, layer(module, *bits, config.rank, clock))
+    return QuantizedUNet(unet, config, clock)
+
+
+def _fuse_projections(name: str, attention: Attention) -> None:
+    if attention.is_cross_attention:
+        raise ValueError(f"{name}: cross-attention is not supported")
+    attention.fuse_projections()
+    attention.set_processor(FusedAttnProcessor2_0())
+    del attention.to_q, attention.to_k, attention.to_v

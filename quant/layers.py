@@ -1,0 +1,69 @@
+"""The layers of a quantized network: QALoRA (EfficientDM, eq. 6) around a convolution or a linear layer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant.quantizers import ActivationQuantizer, Clock, WeightQuantizer
+
+
+class QuantLayer(nn.Module):
+    """y = Q(x; s_x) · Q(W0 + B·A; s_w) + bias.
+
+    The adapters are merged first and the sum is quantized, so that one low-bit weight is all that is kept in the
+    end. B starts at zero: a new layer computes what plain quantization of W0 computes. W0 and the bias are frozen.
+
+    Attributes:
+        weight: W0, the shape of the layer's.
+        lora_a: (rank, c_in·k·k), Kaiming-uniform. For a convolution: the k×k convolution to `rank` channels.
+        lora_b: (c_out, rank). For a convolution: the 1×1 convolution after it.
+    """
+
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, weight_bits: int, act_bits: int, rank: int, clock: Clock
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", bias)
+        channels, fan_in = self.weight.flatten(1).shape
+        self.lora_a = nn.Parameter(torch.empty(rank, fan_in))
+        self.lora_b = nn.Parameter(torch.zeros(channels, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.weight_quantizer = WeightQuantizer(weight_bits, channels)
+        self.weight_quantizer.initialise(self.weight)
+        self.act_quantizer = ActivationQuantizer(act_bits, clock)
+
+    def merged_weight(self) -> Tensor:
+        """W0 + B·A."""
+        return self.weight + (self.lora_b @ self.lora_a).view_as(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_weight(self.act_quantizer(x), self.weight_quantizer(self.merged_weight()))
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's linear map of x under `weight`, plus its bias."""
+        raise NotImplementedError
+
+
+class QuantConv2d(QuantLayer):
+    """x float (N, c_in, H, W) → (N, c_out, H', W')."""
+
+    def __init__(self, layer: nn.Conv2d, weight_bits: int, act_bits: int, rank: int, clock: Clock):
+        if layer.padding_mode != "zeros":
+            raise ValueError(f'only padding_mode "zeros" is supported, not "{layer.padding_mode}"')
+        super().__init__(layer, weight_bits, act_bits, rank, clock)
+        self.stride, self.padding = layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantLinear(QuantLayer):
+    """x float (N, …, c_in) → (N, …, c_out)."""
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)

@@ -1,0 +1,134 @@
+"""Weights (LSQ), activations (TALSQ), and the clock that tells an activation quantizer its denoising step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quant.functional import code_range, fake_quantize
+
+# Fractions of the min-max range that the search for an initial step size tries.
+RANGE_FRACTIONS = torch.linspace(0.2, 1.1, 37)
+# Fractions of the negative part of a range that it keeps: SiLU's shallow tail is often better given up.
+TAIL_FRACTIONS = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+
+
+class Clock:
+    """Where in the denoising each sample of the running batch stands.
+
+    One clock is shared by all activation quantizers of a model; the model sets it in its forward from the
+    timestep that it is given (never by counting calls). A deep copy of the model has a clock of its own. It is
+    no module and no part of the state dict.
+
+    Args:
+        timesteps: the training timesteps of the T sampling steps, in any order, all different.
+    """
+
+    def __init__(self, timesteps: Sequence[int]):
+        self.timesteps = list(timesteps)
+        if len(set(self.timesteps)) != len(self.timesteps) or not self.timesteps:
+            raise ValueError(f"a clock needs different timesteps, not {self.timesteps}")
+        self._interval: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def set(self, t: Tensor) -> None:
+        """Set the clock to timesteps t (N,), or (1,) for a batch that shares one."""
+        ordered, rows = torch.tensor(self.timesteps, device=t.device).sort()
+        above = torch.searchsorted(ordered, t.contiguous()).clamp(max=len(ordered) - 1)
+        below = (above - 1).clamp(min=0)
+        gap = (ordered[above] - ordered[below]).clamp(min=1)
+        # Outside the table's ends the nearest row serves.
+        fraction = ((t - ordered[below]) / gap).clamp(0, 1)
+        self._interval = rows[below], rows[above], fraction
+
+    def unset(self) -> None:
+        self._interval = None
+
+    def read(self, table: Tensor) -> Tensor:
+        """The value of `table` (T,) for each sample, (N,) or (1,), interpolated linearly between its rows.
+
+        Raises:
+            RuntimeError: the clock was not set.
+        """
+        if self._interval is None:
+            raise RuntimeError("the clock is not set: call the quantized model with (x, t), not its layers")
+        below, above, fraction = self._interval
+        return torch.lerp(table[below], table[above], fraction.to(table.dtype))
+
+    def rows(self) -> Tensor:
+        """The row of `timesteps` nearest to each sample's timestep, long (N,) or (1,)."""
+        return self.read(torch.arange(len(self.timesteps), dtype=torch.float64)).round().long()
+
+    def __deepcopy__(self, memo: dict) -> "Clock":
+        return memo.setdefault(id(self), Clock(self.timesteps))
+
+
+class WeightQuantizer(nn.Module):
+    """Signed symmetric codes with one learned step size per output channel (LSQ, arXiv 1902.08153).
+
+    Args:
+        bits: 2…8.
+        channels: output channels, the size of dimension 0 of the weight.
+    """
+
+    def __init__(self, bits: int, channels: int):
+        super().__init__()
+        self.bits = bits
+        self.qmin, self.qmax = code_range(bits, signed=True)
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.register_buffer("zero_point", torch.zeros(channels), persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, weight: Tensor) -> None:
+        """Search each channel's step size for the least squared error on `weight` (c_out, …)."""
+        rows = weight.flatten(1)
+        widest = rows.abs().amax(1).clamp(min=1e-8) / -self.qmin
+        scales = RANGE_FRACTIONS.to(rows)[:, None] * widest
+        scale, _ = _least_error(rows, scales, torch.zeros_like(scales), self.qmin, self.qmax)
+        self.scale.copy_(scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_quantize(weight, self.scale, self.zero_point, self.qmin, self.qmax)
+
+
+class ActivationQuantizer(nn.Module):
+    """Unsigned codes with a zero point; a step size and a zero point for every denoising step (TALSQ, eq. 9).
+
+    Args:
+        bits: 2…8.
+        clock: the model's clock; its T timesteps are the rows of the tables.
+    """
+
+    def __init__(self, bits: int, clock: Clock):
+        super().__init__()
+        self.bits = bits
+        self.clock = clock
+        self.qmin, self.qmax = code_range(bits, signed=False)
+        self.scale = nn.Parameter(torch.ones(len(clock.timesteps)))
+        self.zero_point = nn.Parameter(torch.zeros(len(clock.timesteps)))
+
+    @torch.no_grad()
+    def initialise(self, rows: Tensor) -> None:
+        """Search each denoising step's range for the least squared error on the values `rows` (T, M)."""
+        low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+        widest = ((high - low) / self.qmax).clamp(min=1e-8)
+        scales = RANGE_FRACTIONS.to(rows)[:, None, None] * widest
+        zeros = (-low * TAIL_FRACTIONS.to(rows)[:, None] / scales).round()
+        scales = scales.expand_as(zeros).flatten(0, 1)
+        zeros = zeros.flatten(0, 1).clamp(self.qmin, self.qmax)
+        scale, zero_point = _least_error(rows, scales, zeros, self.qmin, self.qmax)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.clock.read(self.scale), self.clock.read(self.zero_point)
+        return fake_quantize(x, scale, zero_point, self.qmin, self.qmax)
+
+
+def _least_error(rows: Tensor, scales: Tensor, zeros: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """Of K candidates `scales` and `zeros` (K, R), those with the least squared error on `rows` (R, M), each (R,)."""
+    errors = [
+        (fake_quantize(rows, scale, zero, qmin, qmax) - rows).square().sum(1)
+        for scale, zero in zip(scales, zeros, strict=True)
+    ]
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
