@@ -2,9 +2,7 @@
 
 import importlib
 import sys
-from typing import Any, NamedTuple
-
-from ddpm_mnist import InputError
+from typing import NamedTuple
 
 
 class Command(NamedTuple):
@@ -46,36 +44,19 @@ def usage() -> str:
     )
 
 
-def run_command(name: str, arguments: list[str]) -> Any:
-    """Parse `arguments` into the command's config and call it; wrong input ends the process with exit code 2."""
-    command = COMMANDS[name]
-    # diffusers and torch say much about themselves while they are imported that no user can act on.
-    import jsonargparse
-
-    module = importlib.import_module(command.module)
-    config_class = getattr(module, command.config)
-    parser = jsonargparse.ArgumentParser(prog=f"efficientdm {name}", description=command.help)
-    parser.add_argument("--config", action="config", help="YAML file; options given after it override it")
-    parser.add_class_arguments(config_class, as_group=False)
-    parsed = parser.parse_args(arguments)
-    try:
-        del parsed["config"]
-        config = config_class(**parser.instantiate_classes(parsed).as_dict())
-        return getattr(module, command.function)(config)
-    except InputError as error:
-        print(f"efficientdm {name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"efficientdm {name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if arguments else 2)
-    if arguments[0] not in COMMANDS:
-        print(f'efficientdm: no command "{arguments[0]}"; there are {", ".join(COMMANDS)}', file=sys.stderr)
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f'efficientdm: no command "{name}"; there are {", ".join(COMMANDS)}', file=sys.stderr)
         sys.exit(2)
-    run_command(*arguments[:1], arguments[1:])
+    command = COMMANDS[name]
+    # Only now: torch and diffusers take seconds to import.
+    from ddpm_mnist.command import run_command
+
+    module = importlib.import_module(command.module)
+    config_class = getattr(module, command.config)
+    run_command(f"efficientdm {name}", getattr(module, command.function), config_class, arguments[1:])

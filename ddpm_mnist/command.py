@@ -1,0 +1,70 @@
+"""From the words of a command line to a typed config, or to one line that says what is wrong."""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from ddpm_mnist import InputError
+
+
+def run_command(prog: str, function: Callable[[Any], Any], config_class: type, arguments: list[str]) -> Any:
+    """Call `function` with the `config_class` that `arguments` describe.
+
+    Options are the fields of the dataclass, nested ones with dots; `--config` reads them from YAML. Dashes and
+    underscores in their names are the same; a field of type list takes its values one after the other.
+
+    Wrong input, on the command line or found later as InputError, prints one line and exits with code 2.
+    """
+    # The help of an option is the docstring under its field.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=inspect.getdoc(function), exit_on_error=False, formatter_class=_formatter()
+    )
+    parser.add_argument("--config", action="config", help="YAML file; options that follow override what it says")
+    lists = {field.name for field in dataclasses.fields(config_class) if field.type == list[str]}
+    parser.add_class_arguments(config_class, as_group=False, skip=lists)
+    for field in dataclasses.fields(config_class):
+        if field.name in lists:
+            parser.add_argument(f"--{field.name}", nargs="+", type=str, required=True, help=field.metadata["help"])
+    try:
+        parsed = parser.instantiate(parser.parse_args([_underscored(word) for word in arguments]))
+        del parsed["config"]
+        config = config_class(**vars(parsed))
+    except (jsonargparse.ArgumentError, ValueError, TypeError, OSError) as error:
+        _fail(prog, str(error), 2)
+    try:
+        return function(config)
+    except InputError as error:
+        _fail(prog, str(error), 2)
+    except KeyboardInterrupt:
+        _fail(prog, "interrupted", 130)
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _formatter() -> type:
+    return type("Formatter", (jsonargparse.DefaultHelpFormatter,), {"_max_help_position": 32})
+
+
+def _fail(prog: str, message: str, code: int) -> NoReturn:
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def save_config(config: Any, path: Any) -> None:
+    """Write the dataclass `config` as the YAML that `--config` reads back."""
+    from ddpm_mnist.runs import write_text
+
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(type(config), as_group=False)
+    values = jsonargparse.dict_to_namespace(dataclasses.asdict(config))
+    write_text(path, parser.dump(values, skip_validation=True))

@@ -1,0 +1,82 @@
+"""Score a model: FID, KID, Inception score, and the distance to the teacher's images from the same noise."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ddpm_mnist.command import run_command
+from ddpm_mnist.runs import write_json
+from eval.metrics import Score, measure
+from eval.models import Model, load_model
+from eval.sample import DrawConfig, draw, prepare_output
+
+
+@dataclass
+class FidConfig(DrawConfig):
+    num_images: int = 10_000
+    """Images to score; compare only scores of equal counts."""
+    output: Path = Path("fid.json")
+    """JSON object with the fields of `Score`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_images < 2:
+            raise ValueError(f"num_images must be at least 2, not {self.num_images}: a covariance needs two")
+
+
+def score_images(
+    model: Model, images: Tensor, seconds: float, teacher_images: Tensor, config: DrawConfig
+) -> Score:
+    """The score of `images` uint8 (N, 28, 28), which `model` drew as `config` says."""
+    return Score(
+        model=model.name,
+        weight_bits=model.weight_bits,
+        act_bits=model.act_bits,
+        num_images=len(images),
+        num_steps=config.num_steps,
+        solver=config.solver,
+        eta=config.eta,
+        seed=config.seed,
+        seconds=round(seconds, 1),
+        **measure(images, teacher_images),  # type: ignore[arg-type]
+    )
+
+
+def print_scores(scores: list[Score]) -> None:
+    """The table of `scores`, a row each."""
+    first = scores[0]
+    table = Table(title=f"{first.num_images:,} images, {first.solver} in {first.num_steps} steps, seed {first.seed}")
+    table.add_column("model")
+    for heading in ("bits", "FID ↓", "KID ↓", "IS ↑", "MSE to teacher ↓", "FID to teacher ↓", "seconds"):
+        table.add_column(heading, justify="right")
+    for score in scores:
+        bits = "32" if score.weight_bits == 32 else f"W{score.weight_bits}A{score.act_bits}"
+        table.add_row(
+            score.model, bits, f"{score.fid:.2f}", f"{score.kid:.4f}", f"{score.inception_score:.2f}",
+            f"{score.mse_to_teacher:.4f}", f"{score.fid_to_teacher:.2f}", f"{score.seconds:.0f}",
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def print_fid(config: FidConfig) -> Score:
+    """Score a model against MNIST and against the released teacher's images from the same noise.
+
+    Prints a table and writes one JSON object. Needs no data: the reference statistics are shipped.
+    """
+    prepare_output(config.output)
+    model = load_model(config.model)
+    images, seconds = draw(model, config)
+    teacher_images = images if config.model == "teacher" else draw(load_model("teacher"), config)[0]
+    score = score_images(model, images, seconds, teacher_images, config)
+    print_scores([score])
+    write_json(config.output, dataclasses.asdict(score))
+    return score
+
+
+if __name__ == "__main__":
+    run_command("python -m eval.fid", print_fid, FidConfig, sys.argv[1:])

@@ -1,0 +1,44 @@
+"""The pictures: each function makes one matplotlib figure."""
+
+from collections.abc import Sequence
+
+from einops import rearrange
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:
+    """One labelled row per entry: the label, and images uint8 (N, 28, 28), the same N in every row."""
+    columns = len(rows[0][1])
+    figure = Figure(figsize=(1.9 + 0.62 * columns, 0.1 + 0.62 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), squeeze=False)[:, 0]
+    for axis, (label, images) in zip(axes, rows, strict=True):
+        axis.imshow(rearrange(images.numpy(), "n h w -> h (n w)"), cmap="gray", vmin=0, vmax=255)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure
+
+
+def loss_curve(updates: Sequence[int], losses: Sequence[float]) -> Figure:
+    """Distillation loss over updates."""
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(updates, losses, linewidth=1)
+    axis.set(xlabel="update", ylabel="loss", yscale="log")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def step_sizes(names: Sequence[str], timesteps: Sequence[int], scales: Tensor) -> Figure:
+    """Learned activation step sizes (layers, T) over the denoising timesteps, each relative to its layer's mean."""
+    figure = Figure(figsize=(7.5, 1.2 + 0.17 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    relative = (scales / scales.mean(1, keepdim=True)).log2()
+    bound = max(relative.abs().max().item(), 0.1)
+    picture = axis.imshow(relative.numpy(), aspect="auto", cmap="RdBu_r", vmin=-bound, vmax=bound)
+    axis.set_yticks(range(len(names)), names, fontsize=6)
+    axis.set_xticks(range(len(timesteps)), [str(t) for t in timesteps], fontsize=6, rotation=90)
+    axis.set_xlabel("timestep t, noise on the left, image on the right")
+    figure.colorbar(picture, label="log₂(step size / layer's mean)")
+    return figure

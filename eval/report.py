@@ -1,0 +1,56 @@
+"""The report of a run: one self-contained page of HTML."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from ddpm_mnist.runs import write_text
+from eval.metrics import Score
+from quant.summary import LayerSummary, shares
+
+
+def embed(figure: Figure) -> str:
+    """A figure as a data URL."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    facts: Sequence[str],
+    scores: Sequence[Score],
+    grid: Figure,
+    loss: Figure,
+    step_sizes: Figure,
+    layers: Sequence[LayerSummary],
+    config: str,
+) -> None:
+    """Write the page.
+
+    Args:
+        facts: sentences that say what was done.
+        config: the resolved configuration as YAML.
+    """
+    values: dict[str, Any] = {
+        "title": title,
+        "facts": facts,
+        "scores": scores,
+        "grid": embed(grid),
+        "loss": embed(loss),
+        "step_sizes": embed(step_sizes),
+        "layers": layers,
+        "parameters": sum(layer.parameters for layer in layers),
+        "macs": sum(layer.macs for layer in layers),
+        "shares": shares(list(layers)),
+        "config": config,
+    }
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    write_text(path, environment.get_template("report.html.j2").render(values))

@@ -1,0 +1,88 @@
+"""Draw images with a model, into an array or a picture."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from torch import Tensor
+from torchvision.utils import save_image
+
+from ddpm_mnist import InputError
+from ddpm_mnist.runs import progress
+from ddpm_mnist.sampler import SamplerConfig, sample
+from eval.models import Model, device, load_model
+
+
+@dataclass
+class DrawConfig(SamplerConfig):
+    model: str = "teacher"
+    """A released name, a run folder, or a folder of diffusers."""
+    num_images: int = 64
+    """Images to draw."""
+    seed: int = 0
+    """Image i starts from the noise of seed + i."""
+    batch_size: int = 64
+    """Images that are denoised at once; decides the speed, not the images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 40:
+            raise ValueError(f"seed must lie in 0…2^40 - 1, not {self.seed}")
+
+
+@dataclass
+class SampleConfig(DrawConfig):
+    output: Path = Path("samples.npy")
+    """.npy: uint8 (N, 28, 28). .png: a picture of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output.suffix not in (".npy", ".png"):
+            raise ValueError(f"output must end in .npy or .png, not {self.output}")
+
+
+def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
+    """The model's images uint8 (num_images, 28, 28) as `config` says, and the seconds that they took."""
+    start, done = time.monotonic(), 0
+    with progress(f"sampling {model.name}", config.num_images) as advance:
+
+        def report(images: int) -> None:
+            nonlocal done
+            done += images
+            advance(done)
+
+        images = sample(
+            model.denoiser, config, config.num_images, config.seed, config.batch_size, device(), report
+        )
+    return images, time.monotonic() - start
+
+
+def prepare_output(path: Path) -> None:
+    """Make the folder of an output before long work starts; InputError if it cannot hold the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+
+
+def write_samples(config: SampleConfig) -> Path:
+    """Draw images with a model, as an array (.npy) or a picture (.png)."""
+    prepare_output(config.output)
+    images, _ = draw(load_model(config.model), config)
+    beside = config.output.with_name(f".{os.getpid()}.{config.output.name}")
+    if config.output.suffix == ".npy":
+        np.save(beside, images.numpy())
+    else:
+        columns = max(1, round(config.num_images**0.5))
+        save_image(rearrange(images, "n h w -> n 1 h w").float() / 255, beside, nrow=columns)
+    beside.replace(config.output)
+    print(f"{len(images)} images of {config.model} in {config.output}")
+    return config.output

@@ -1,0 +1,207 @@
+"""The main job: sample the teacher's trajectories → calibrate → distil → score → grid → report."""
+
+import copy
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ddpm_mnist.command import save_config
+from ddpm_mnist.runs import RunState, progress, read_log, write_json
+from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler
+from eval.fid import print_scores, score_images
+from eval.grid import row_label, save_figure
+from eval.models import Model, device, load_model
+from eval.plots import image_grid, loss_curve, step_sizes
+from eval.report import write_report
+from eval.sample import DrawConfig, draw
+from finetune.distill import DistillConfig, distill
+from finetune.trajectories import Trajectories, make_trajectories
+from quant import QuantConfig, QuantizedUNet, calibrate, quantize
+from quant.summary import shares, summarise
+
+
+@dataclass
+class RunConfig:
+    output: Path = Path("runs/student")
+    """Run folder. A run that was interrupted goes on from its last state."""
+    teacher: str = "teacher"
+    """The full-precision model: a released name, or a folder of diffusers."""
+    seed: int = 0
+    """Seeds the adapters, the noise of the buffer and, with the update's number, what an update draws."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    student: QuantConfig = field(default_factory=QuantConfig)
+    num_trajectories: int = 256
+    """Trajectories of the teacher in the buffer."""
+    calibration_trajectories: int = 64
+    """How many of them the calibration of the activations looks at."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    num_images: int = 2000
+    """Images to score each model on."""
+    score_seed: int = 0
+    """The first seed of the images that are scored."""
+    batch_size: int = 64
+    """Images that are sampled at once."""
+    grid_columns: int = 12
+    """Images per row of the grid."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_trajectories", "calibration_trajectories", "batch_size", "grid_columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.calibration_trajectories > self.num_trajectories:
+            raise ValueError(f"calibration_trajectories must be at most num_trajectories, {self.num_trajectories}")
+        if self.num_images < max(2, self.grid_columns):
+            raise ValueError(f"num_images must be at least 2 and grid_columns, not {self.num_images}")
+        if not 0 <= self.seed < 1 << 20:
+            raise ValueError(f"seed must lie in 0…2^20 - 1, not {self.seed}")
+        if self.sampler.eta:
+            raise ValueError("sampler.eta must be 0: distillation needs the teacher's exact trajectory")
+
+
+@dataclass
+class Made:
+    """What a distillation leaves behind."""
+
+    teacher: Model
+    ptq: QuantizedUNet
+    """The student before distillation."""
+    student: QuantizedUNet
+    seconds: dict[str, float]
+    """Seconds per stage."""
+
+
+def distill_student(config: RunConfig) -> Made:
+    """Make a student: sample the teacher's trajectories from noise, calibrate, distil. Needs no data.
+
+    Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder.
+
+    Raises:
+        InputError: no such teacher, or the folder belongs to another configuration.
+    """
+    teacher = load_model(config.teacher)
+    run = RunState(config.output, _fingerprint(config))
+    run.load()  # refuses another configuration's folder before any work is done
+    save_config(config, config.output / "config.yaml")
+    solver = Solver(config.sampler)
+    clock = _Stopwatch()
+
+    with progress("teacher's trajectories", config.num_trajectories) as advance:
+        done = iter(range(config.batch_size, 1 << 60, config.batch_size))
+        buffer = make_trajectories(
+            teacher.denoiser, solver, config.num_trajectories, config.seed, config.batch_size, device(),
+            lambda count: advance(min(next(done), config.num_trajectories)),
+        )  # fmt: skip
+    clock.lap("trajectories")
+
+    torch.manual_seed(config.seed)
+    ptq = quantize(teacher.denoiser, config.student, solver.timesteps.tolist()).to(device())
+    calibrate(ptq, calibration_states(buffer, solver, config.calibration_trajectories))
+    clock.lap("calibration")
+
+    student = copy.deepcopy(ptq)
+    distill(student, solver, buffer, config.distill, run, config.seed)
+    clock.lap("distillation")
+    student.requires_grad_(False).save_pretrained(config.output)
+    make_scheduler(config.sampler).save_pretrained(config.output / "scheduler")
+    return Made(teacher, ptq.requires_grad_(False), student, clock.seconds)
+
+
+def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict[int, torch.Tensor]:
+    """The first `count` trajectories' states x_t (count, 1, 28, 28) at each timestep t of the solver."""
+    return {t: buffer.x[:count, step] for step, t in enumerate(solver.timesteps.tolist())}
+
+
+def run(config: RunConfig) -> Path:
+    """The main job: trajectories from noise → calibration → distillation → scores → grid → report.
+
+    Writes a run folder: the student, config.yaml, metrics.json (teacher, ptq, student), log.jsonl, grid.png,
+    step_sizes.png, loss.png and report.html.
+
+    Raises:
+        InputError: no such teacher, or the folder belongs to another configuration.
+    """
+    made = distill_student(config)
+    bits = config.student.weight_bits, config.student.act_bits
+    models = [
+        Model("teacher", made.teacher.denoiser),
+        Model("ptq", made.ptq, *bits),
+        Model("student", made.student, *bits),
+    ]
+    drawing = DrawConfig(
+        **dataclasses.asdict(config.sampler),
+        num_images=config.num_images,
+        seed=config.score_seed,
+        batch_size=config.batch_size,
+    )
+    scores, rows = [], []
+    for model in models:
+        images, seconds = draw(model, drawing)
+        teacher_images = images if model is models[0] else teacher_images
+        scores.append(score_images(model, images, seconds, teacher_images, drawing))
+        label = row_label(model, f"FID {scores[-1].fid:.2f} ({config.num_images:,})")
+        rows.append((label, images[: config.grid_columns]))
+    write_json(config.output / "metrics.json", [dataclasses.asdict(score) for score in scores])
+
+    layers = summarise(made.student)
+    log = read_log(config.output / "log.jsonl")
+    names, quantizers = zip(*((name, layer.act_quantizer) for name, layer in made.student.layers()), strict=True)
+    figures = {
+        "grid": image_grid(rows),
+        "loss": loss_curve([row["update"] for row in log], [row["loss"] for row in log]),
+        "step_sizes": step_sizes(
+            names, made.student.clock.timesteps, torch.stack([q.scale.detach().cpu() for q in quantizers])
+        ),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, config.output / f"{name}.png")
+    write_report(
+        config.output / "report.html",
+        title=f"{models[-1].bits} student, distilled without data",
+        facts=_facts(config, made.seconds, log[-1]["seconds"]),
+        scores=scores,
+        layers=layers,
+        config=(config.output / "config.yaml").read_text(),
+        **figures,
+    )
+    print_scores(scores)
+    print("Bits:", ", ".join(f"{key} {macs:.1%} of the MACs" for key, (_, macs) in shares(layers).items()))
+    print(f"Pictures: {', '.join(str(config.output / f'{name}.png') for name in figures)}")
+    print(f"Report:   {config.output / 'report.html'}")
+    return config.output
+
+
+def _fingerprint(config: RunConfig) -> dict:
+    """The part of the configuration that decides the student."""
+    fields = dataclasses.asdict(config)
+    for free in ("output", "num_images", "score_seed", "batch_size", "grid_columns"):
+        del fields[free]
+    for free in ("log_every", "save_every"):
+        del fields["distill"][free]
+    return fields
+
+
+def _facts(config: RunConfig, seconds: dict[str, float], distillation: float) -> list[str]:
+    bits, options = config.student, config.distill
+    what = f"rollouts of {options.rollout_steps} steps" if options.objective == "rollout" else "per-step loss"
+    return [
+        f"The teacher denoised {config.num_trajectories} noises with {config.sampler.solver} in "
+        f"{config.sampler.num_steps} steps ({seconds['trajectories']:.0f} s). No data was used.",
+        f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last convolution and time "
+        f"embedding {bits.edge_bits} bits. Activation ranges were searched for each denoising step on "
+        f"{config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
+        f"The student learned for {options.num_updates} updates of {options.batch_size} by {what} "
+        f"({distillation:.0f} s): adapters of rank {bits.rank}, step sizes and zero points.",
+    ]
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self._start = now - self._start, now

@@ -1,0 +1,76 @@
+"""Which layer computes in which bits, and its share of the parameters and of the multiply-accumulates."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from quant.convert import QuantizedUNet
+from quant.layers import QuantLayer
+
+FLOAT_BITS = 32
+
+
+@dataclass
+class LayerSummary:
+    """A row of the table. Products of attention have no weights; they compute in float."""
+
+    name: str
+    kind: str
+    """"conv", "linear" or "attention products"."""
+    weight_bits: int
+    act_bits: int
+    parameters: int
+    """Weights and biases, adapters not counted: they are merged in the end."""
+    macs: int
+    """Multiply-accumulates for one image and one denoising step."""
+
+
+@torch.no_grad()
+def summarise(model: QuantizedUNet) -> list[LayerSummary]:
+    """Every layer that multiplies, in the order of execution, from one forward pass of one image."""
+    rows: list[LayerSummary] = []
+    hooks = [
+        module.register_forward_hook(partial(_summarise_layer, rows, name))
+        for name, module in model.unet.named_modules()
+        if isinstance(module, QuantLayer | Attention)
+    ]
+    config = model.config
+    try:
+        x = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, device=model.device)
+        model(x, model.clock.timesteps[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return rows
+
+
+def _summarise_layer(
+    rows: list[LayerSummary], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any
+) -> None:
+    if isinstance(module, QuantLayer):
+        kind = "conv" if module.weight.dim() == 4 else "linear"
+        bits = module.weight_quantizer.bits, module.act_quantizer.bits
+        biases = 0 if module.bias is None else module.bias.numel()
+        positions = output.numel() // len(module.weight)
+        macs = positions * module.weight.numel()
+        rows.append(LayerSummary(name, kind, *bits, module.weight.numel() + biases, macs))
+    elif isinstance(module, Attention):
+        x = inputs[0]  # (1, C, H, W) or (1, L, C)
+        tokens = x.shape[2:].numel() if x.dim() == 4 else x.shape[1]
+        macs = 2 * tokens**2 * module.inner_dim  # q·kᵀ and attention·v
+        rows.append(LayerSummary(name, "attention products", FLOAT_BITS, FLOAT_BITS, 0, macs))
+
+
+def shares(rows: list[LayerSummary]) -> dict[str, tuple[float, float]]:
+    """For each pair of bits, such as "W4A4" or "float", its share of the parameters and of the multiply-accumulates."""
+    parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
+    totals: dict[str, tuple[float, float]] = {}
+    for row in sorted(rows, key=lambda row: (row.weight_bits, row.act_bits)):
+        key = "float" if row.weight_bits == FLOAT_BITS else f"W{row.weight_bits}A{row.act_bits}"
+        p, m = totals.get(key, (0.0, 0.0))
+        totals[key] = (p + row.parameters / parameters, m + row.macs / macs)
+    return totals
