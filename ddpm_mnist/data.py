@@ -62,9 +62,7 @@ def load_mnist(split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
             continue
         images = read_image_file(str(raw / f"{prefix}-images-idx3-ubyte"))
         return images, read_label_file(str(raw / f"{prefix}-labels-idx1-ubyte"))
-    raise InputError(
-        f"MNIST is not to be had; put its four files, uncompressed, into {raw} ({'; '.join(answers)})"
-    )
+    raise InputError(f"MNIST is not to be had; put its four files, uncompressed, into {raw} ({'; '.join(answers)})")
 
 
 def check_md5(path: Path) -> None:

@@ -71,6 +71,15 @@ class RunState:
             log.write(json.dumps(row) + "\n")
 
 
+def update_generator(seed: int, update: int, rank: int = 0) -> torch.Generator:
+    """The generator of everything that one update of one process draws, so that a resumed run repeats it.
+
+    torch's generator on the CPU uses 32 bits of its seed and drops the rest without a word. Seeds and ranks are
+    spread over those bits by odd constants; the updates of each count up from there.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + rank * 0x85EBCA77 + update) % (1 << 32))
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

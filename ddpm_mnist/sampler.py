@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ddpm_mnist.unet import make_noise_schedule
 
+# Seeds of images lie in 0…2^31 - 1: torch's generator uses 32 bits, and half of them belong to training.
+SEED_LIMIT = 1 << 31
+
 # A denoiser is called as `eps = denoiser(x_t, t).sample`: x_t float (N, 1, 28, 28), t long (N,).
 Denoiser = Callable[[Tensor, Tensor], Any]
 
@@ -114,7 +117,7 @@ def _read_coefficients(scheduler: Any, config: SamplerConfig) -> Tensor:
 class Step(NamedTuple):
     """One denoising step of a batch: its number, the state before, the denoiser's answer, the state after."""
 
-    index: int
+    number: int
     x: Tensor
     eps: Tensor
     x_next: Tensor
@@ -136,13 +139,13 @@ def denoise(denoiser: Denoiser, solver: Solver, seeds: range, device: str | torc
     generators = image_generators(seeds)
     x = draw_noise(generators).to(device)
     x0_prev = torch.zeros_like(x)
-    for index, t in enumerate(solver.timesteps.tolist()):
-        step = torch.full((len(x),), index, device=device)
+    for number, t in enumerate(solver.timesteps.tolist()):
+        step = torch.full((len(x),), number, device=device)
         eps = denoiser(x, torch.full_like(step, t)).sample
         x0 = solver.predict_x0(step, x, eps)
         z = draw_noise(generators).to(device) if solver.is_stochastic else None
         x_next = solver.advance(step, x, x0, x0_prev, z)
-        yield Step(index, x, eps, x_next)
+        yield Step(number, x, eps, x_next)
         x, x0_prev = x_next, x0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from ddpm_mnist.data import load_mnist
-from ddpm_mnist.runs import RunState, progress
+from ddpm_mnist.runs import RunState, progress, update_generator
 from ddpm_mnist.sampler import SamplerConfig, sample
 from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
 
@@ -68,7 +68,7 @@ def learning_rate(config: TeacherConfig, update: int) -> float:
 
 
 def draw_batch(images: Tensor, batch_size: int, seed: int, update: int, rank: int) -> tuple[Tensor, ...]:
-    """What one update of one process draws, a function of its arguments alone, so that a resumed run repeats it.
+    """What one update of one process draws, a function of its arguments alone.
 
     Args:
         images: uint8 (M, 28, 28).
@@ -76,7 +76,7 @@ def draw_batch(images: Tensor, batch_size: int, seed: int, update: int, rank: in
     Returns:
         x0 float (N, 1, 28, 28) in [-1, 1]; eps the same shape; t long (N,) in 0…999.
     """
-    generator = torch.Generator().manual_seed((seed << 40) + (rank << 32) + update)
+    generator = update_generator(seed, update, rank)
     index = torch.randint(len(images), (batch_size,), generator=generator)
     x0 = rearrange(images[index], "n h w -> n 1 h w").float() / 127.5 - 1
     eps = torch.randn(x0.shape, generator=generator)

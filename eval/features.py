@@ -67,9 +67,10 @@ class FeatureNetwork(nn.Module):
         """Bring the mean variance of `features` (M, 128) to 1, and leave the logits as they are."""
         factor = features.var(0).mean().rsqrt()
         last = self.trunk[-2]
-        last.weight *= factor
-        last.bias *= factor
-        self.classifier.weight /= factor
+        assert isinstance(last, nn.Linear)
+        last.weight.mul_(factor)
+        last.bias.mul_(factor)
+        self.classifier.weight.div_(factor)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk(rearrange(images, "n h w -> n 1 h w").float() / 255)

@@ -29,9 +29,7 @@ class FidConfig(DrawConfig):
             raise ValueError(f"num_images must be at least 2, not {self.num_images}: a covariance needs two")
 
 
-def score_images(
-    model: Model, images: Tensor, seconds: float, teacher_images: Tensor, config: DrawConfig
-) -> Score:
+def score_images(model: Model, images: Tensor, seconds: float, teacher_images: Tensor, config: DrawConfig) -> Score:
     """The score of `images` uint8 (N, 28, 28), which `model` drew as `config` says."""
     return Score(
         model=model.name,

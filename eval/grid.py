@@ -17,7 +17,8 @@ from eval.sample import DrawConfig, draw, prepare_output
 @dataclass
 class GridConfig(SamplerConfig):
     models: list[str] = field(
-        default_factory=list, metadata={"help": "released names, run folders or folders of diffusers, a row each"}
+        default_factory=list,
+        metadata={"help": "released names, run folders or folders of diffusers, a row each"},
     )
     columns: int = 12
     """Images per row."""
@@ -59,8 +60,9 @@ def draw_models(config: GridConfig) -> Path:
     prepare_output(config.output)
     rows = []
     for model in [load_model(argument) for argument in config.models]:
-        options = {"solver": config.solver, "num_steps": config.num_steps, "eta": config.eta, "seed": config.seed}
-        images, _ = draw(model, DrawConfig(num_images=max(config.columns, config.num_images), **options))
+        count = max(config.columns, config.num_images)
+        drawing = DrawConfig(config.solver, config.num_steps, config.eta, num_images=count, seed=config.seed)
+        images, _ = draw(model, drawing)
         fid = recorded_fid(model)
         if config.num_images:
             fid = f"FID {measure(images, images)['fid']:.2f} ({config.num_images:,})"

@@ -40,7 +40,7 @@ def fid_between(features: Tensor, others: Tensor) -> float:
     metric = FrechetInceptionDistance(_Identity(features.shape[1]))
     metric.update(others.double(), real=True)
     metric.update(features.double(), real=False)
-    return metric.compute().item()
+    return max(metric.compute().item(), 0.0)  # rounding may leave a zero below itself
 
 
 def kid(features: Tensor, others: Tensor) -> float:

@@ -12,7 +12,7 @@ from torchvision.utils import save_image
 
 from ddpm_mnist import InputError
 from ddpm_mnist.runs import progress
-from ddpm_mnist.sampler import SamplerConfig, sample
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, device, load_model
 
 
@@ -32,8 +32,8 @@ class DrawConfig(SamplerConfig):
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 1 << 40:
-            raise ValueError(f"seed must lie in 0…2^40 - 1, not {self.seed}")
+        if not 0 <= self.seed <= SEED_LIMIT - self.num_images:
+            raise ValueError(f"seed must lie in 0…2^31 - num_images, not {self.seed}")
 
 
 @dataclass
@@ -57,9 +57,7 @@ def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
             done += images
             advance(done)
 
-        images = sample(
-            model.denoiser, config, config.num_images, config.seed, config.batch_size, device(), report
-        )
+        images = sample(model.denoiser, config, config.num_images, config.seed, config.batch_size, device(), report)
     return images, time.monotonic() - start
 
 

@@ -23,7 +23,7 @@ COMMANDS = {
         "finetune.pipeline", "distill_student", "RunConfig", "Make a student, without scores, grid and report"
     ),
     "sample": Command("eval.sample", "write_samples", "SampleConfig", "Draw images with a model"),
-    "fid": Command("eval.fid", "print_fid", "FidConfig", "Score a model: FID, KID, Inception score, distance to the teacher"),
+    "fid": Command("eval.fid", "print_fid", "FidConfig", "Score a model: FID, KID, Inception score and more"),
     "grid": Command("eval.grid", "draw_models", "GridConfig", "Draw a row of images per model, from the same noise"),
     "teacher": Command("ddpm_mnist.train", "train_teacher", "TeacherConfig", "Train the teacher (needs MNIST)"),
     "features": Command(

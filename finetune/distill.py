@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_mnist.runs import RunState, progress
+from ddpm_mnist.runs import RunState, progress, update_generator
 from ddpm_mnist.sampler import Solver
 from finetune.trajectories import Trajectories
 from quant import QuantizedUNet
@@ -54,14 +54,26 @@ class DistillConfig:
             raise ValueError(f"max_grad_norm must be positive, not {self.max_grad_norm}")
 
 
-def per_step_loss(student: nn.Module, solver: Solver, buffer: Trajectories, config: DistillConfig, generator: torch.Generator) -> Tensor:
+def per_step_loss(
+    student: QuantizedUNet,
+    solver: Solver,
+    buffer: Trajectories,
+    config: DistillConfig,
+    generator: torch.Generator,
+) -> Tensor:
     """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over a batch of mixed trajectories and timesteps."""
     who, step = _draw(buffer, buffer.eps.shape[1], config.batch_size, generator)
     eps = student(buffer.x[who, step], solver.timesteps.to(step.device)[step]).sample
     return (eps - buffer.eps[who, step]).square().mean()
 
 
-def rollout_loss(student: nn.Module, solver: Solver, buffer: Trajectories, config: DistillConfig, generator: torch.Generator) -> Tensor:
+def rollout_loss(
+    student: QuantizedUNet,
+    solver: Solver,
+    buffer: Trajectories,
+    config: DistillConfig,
+    generator: torch.Generator,
+) -> Tensor:
     """Σ_k ‖x̂_{t−k} − x_{t−k}‖² / K along K student steps from a state of the teacher's trajectory.
 
     Each sample of the batch starts at a step of its own. A solver with memory (DPM-Solver++) starts from the
@@ -75,10 +87,11 @@ def rollout_loss(student: nn.Module, solver: Solver, buffer: Trajectories, confi
     x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.eps[who, before])
     timesteps = solver.timesteps.to(step.device)
     losses = []
-    for _ in range(rollout_steps):
-        x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
-        x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
-        losses.append((x - buffer.x[who, step]).square().mean())
+    with student.shared_weights():
+        for _ in range(rollout_steps):
+            x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
+            x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
+            losses.append((x - buffer.x[who, step]).square().mean())
     return torch.stack(losses).mean()
 
 
@@ -110,7 +123,12 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
         weights, activations = layer.weight_quantizer, layer.act_quantizer
         weight_scale, act_scale = weights.scale.mean().item(), activations.scale.mean().item()
         learn(f"{name}.lora", [layer.lora_a, layer.lora_b], config.lr_adapters * weight_scale)
-        learn(f"{name}.weight_scale", [weights.scale], config.lr_weight_scales * weight_scale, weight_scale / 100)
+        learn(
+            f"{name}.weight_scale",
+            [weights.scale],
+            config.lr_weight_scales * weight_scale,
+            weight_scale / 100,
+        )
         learn(f"{name}.act_scale", [activations.scale], config.lr_act_scales * act_scale, act_scale / 100)
         learn(f"{name}.act_zero_point", [activations.zero_point], config.lr_zero_points)
     return groups
@@ -123,14 +141,19 @@ def learning_rate_factor(config: DistillConfig, update: int) -> float:
 
 
 def distill(
-    student: QuantizedUNet, solver: Solver, buffer: Trajectories, config: DistillConfig, run: RunState, seed: int
+    student: QuantizedUNet,
+    solver: Solver,
+    buffer: Trajectories,
+    config: DistillConfig,
+    run: RunState,
+    seed: int,
 ) -> None:
     """Train `student` in place on the teacher's `buffer`, or go on from the state in `run`.
 
     What an update draws is a function of `seed` and its number, so a resumed run equals an uninterrupted one.
     """
     groups = parameter_groups(student, config)
-    optimizer = torch.optim.Adam(groups, lr=0.0)
+    optimizer = torch.optim.Adam(groups, lr=0.0, fused=True)
     learned = [parameter for group in groups for parameter in group["params"]]
     first, seconds_before = 0, 0.0
     if (state := run.load()) is not None:
@@ -141,8 +164,7 @@ def distill(
     start, losses = time.monotonic(), []
     with progress("distilling", config.num_updates, first) as advance:
         for update in range(first, config.num_updates):
-            generator = torch.Generator().manual_seed((seed << 40) + update)
-            loss = objective(student, solver, buffer, config, generator)
+            loss = objective(student, solver, buffer, config, update_generator(seed, update))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(learned, config.max_grad_norm)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.runs import RunState, progress, read_log, write_json
-from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler
 from eval.fid import print_scores, score_images
 from eval.grid import row_label, save_figure
 from eval.models import Model, device, load_model
@@ -18,7 +19,7 @@ from eval.plots import image_grid, loss_curve, step_sizes
 from eval.report import write_report
 from eval.sample import DrawConfig, draw
 from finetune.distill import DistillConfig, distill
-from finetune.trajectories import Trajectories, make_trajectories
+from finetune.trajectories import MAX_SEED, MAX_TRAJECTORIES, Trajectories, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, quantize
 from quant.summary import shares, summarise
 
@@ -55,8 +56,12 @@ class RunConfig:
             raise ValueError(f"calibration_trajectories must be at most num_trajectories, {self.num_trajectories}")
         if self.num_images < max(2, self.grid_columns):
             raise ValueError(f"num_images must be at least 2 and grid_columns, not {self.num_images}")
-        if not 0 <= self.seed < 1 << 20:
-            raise ValueError(f"seed must lie in 0…2^20 - 1, not {self.seed}")
+        if self.num_trajectories > MAX_TRAJECTORIES:
+            raise ValueError(f"num_trajectories must be at most {MAX_TRAJECTORIES}, not {self.num_trajectories}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed must lie in 0…{MAX_SEED}, not {self.seed}")
+        if not 0 <= self.score_seed <= SEED_LIMIT - self.num_images:
+            raise ValueError(f"score_seed must lie in 0…2^31 - num_images, not {self.score_seed}")
         if self.sampler.eta:
             raise ValueError("sampler.eta must be 0: distillation needs the teacher's exact trajectory")
 
@@ -82,6 +87,8 @@ def distill_student(config: RunConfig) -> Made:
         InputError: no such teacher, or the folder belongs to another configuration.
     """
     teacher = load_model(config.teacher)
+    if teacher.weight_bits != 32:
+        raise InputError(f'the teacher must be of full precision, "{config.teacher}" is {teacher.bits}')
     run = RunState(config.output, _fingerprint(config))
     run.load()  # refuses another configuration's folder before any work is done
     save_config(config, config.output / "config.yaml")
@@ -136,10 +143,10 @@ def run(config: RunConfig) -> Path:
         seed=config.score_seed,
         batch_size=config.batch_size,
     )
+    drawn = [draw(model, drawing) for model in models]
+    teacher_images, _ = drawn[0]
     scores, rows = [], []
-    for model in models:
-        images, seconds = draw(model, drawing)
-        teacher_images = images if model is models[0] else teacher_images
+    for model, (images, seconds) in zip(models, drawn, strict=True):
         scores.append(score_images(model, images, seconds, teacher_images, drawing))
         label = row_label(model, f"FID {scores[-1].fid:.2f} ({config.num_images:,})")
         rows.append((label, images[: config.grid_columns]))

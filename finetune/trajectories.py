@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_mnist.sampler import Denoiser, Solver, batches, denoise
+from ddpm_mnist.sampler import SEED_LIMIT, Denoiser, Solver, batches, denoise
 
-# Seeds of the noise that fills the buffer; scoring counts its own up from 0.
-BUFFER_SEED = 1 << 40
+# Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31, the buffers' from there on.
+MAX_TRAJECTORIES = 1 << 18
+MAX_SEED = (1 << 13) - 1
 
 
 @dataclass
@@ -34,9 +35,14 @@ def make_trajectories(
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] = lambda trajectories: None,
 ) -> Trajectories:
-    """Denoise `count` noises of the buffer's own range of seeds with the teacher, and keep every step on `device`."""
+    """Denoise `count` noises with the teacher, and keep every step on `device`.
+
+    Args:
+        count: M, at most 2^18.
+        seed: 0 … 2^13 - 1; each has a range of noises of its own, which no scoring uses.
+    """
     states, answers = [], []
-    for seeds in batches(BUFFER_SEED + seed * (1 << 20), count, batch_size):
+    for seeds in batches(SEED_LIMIT + seed * MAX_TRAJECTORIES, count, batch_size):
         steps = list(denoise(teacher, solver, seeds, device))
         states.append(torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1))
         answers.append(torch.stack([step.eps for step in steps], dim=1))

@@ -1,6 +1,6 @@
 """Activation ranges from the float network's own activations, one denoising step at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -12,22 +12,23 @@ from quant.quantizers import ActivationQuantizer, WeightQuantizer
 # Values of each layer and denoising step that the search for a range looks at.
 VALUES_PER_STEP = 16_384
 
+Values = dict[ActivationQuantizer, list[Tensor]]
+
 
 @torch.no_grad()
-def calibrate(model: QuantizedUNet, states: Iterable[tuple[int, Tensor]]) -> None:
+def calibrate(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
     """Initialise every activation step size and zero point of `model` from that step's own activations.
 
     Args:
-        states: for each of the clock's timesteps t, the pair of t and states x_t float (N, C, H, W).
+        states: for each of the clock's timesteps t, states x_t float (N, C, H, W).
 
     Raises:
         ValueError: the timesteps are not exactly the clock's.
     """
-    states = dict(states)
     if sorted(states) != sorted(model.clock.timesteps):
         raise ValueError(f"calibration needs states at {model.clock.timesteps}, not at {list(states)}")
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
-    values: dict[nn.Module, list[Tensor]] = {q: [] for q in quantizers if isinstance(q, ActivationQuantizer)}
+    values: Values = {q: [] for q in quantizers if isinstance(q, ActivationQuantizer)}
     # A hook that returns something replaces the module's output: with these the network runs in float.
     hooks = [quantizer.register_forward_hook(partial(_record, values)) for quantizer in quantizers]
     try:
@@ -40,9 +41,9 @@ def calibrate(model: QuantizedUNet, states: Iterable[tuple[int, Tensor]]) -> Non
         quantizer.initialise(torch.stack(rows))
 
 
-def _record(values: dict[nn.Module, list[Tensor]], quantizer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+def _record(values: Values, quantizer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> Tensor:
     (x,) = inputs
-    if quantizer in values:
+    if isinstance(quantizer, ActivationQuantizer):
         flat = x.flatten()
         index = torch.randint(flat.numel(), (VALUES_PER_STEP,), generator=torch.Generator().manual_seed(0))
         values[quantizer].append(flat[index.to(flat.device)])

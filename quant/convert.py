@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class QuantizedUNet(nn.Module):
         self.clock = clock
 
     def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        self.clock.set(torch.as_tensor(timestep, device=sample.device).reshape(-1))
+        self.clock.set(torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample)))
         try:
             return self.unet(sample, timestep, *args, **kwargs)
         finally:
@@ -75,6 +76,18 @@ class QuantizedUNet(nn.Module):
         for name, module in self.unet.named_modules():
             if isinstance(module, QuantLayer):
                 yield name, module
+
+    @contextmanager
+    def shared_weights(self) -> Iterator[None]:
+        """Inside, the weights are merged and quantized once, however often the network runs: for rollouts."""
+        layers = [layer for _, layer in self.layers()]
+        try:
+            for layer in layers:
+                layer.shared_weight = layer.quantized_weight()
+            yield
+        finally:
+            for layer in layers:
+                layer.shared_weight = None
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `model.safetensors` and `config.json` into `folder`."""

@@ -27,44 +27,55 @@ def round_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """The codes of x, as floats. The one place where a number becomes a code.
+    """The codes of x, as floats.
 
     Args:
         x: float (C, …).
         scale: float, positive, broadcastable to x.
         zero_point: float with integer values, broadcastable to x.
     """
-    return (x * scale.reciprocal()).round_().add_(zero_point).clamp_(qmin, qmax)
+    return _round(x, scale, zero_point).clamp_(qmin, qmax)
+
+
+def _round(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The codes of x without their range: the one place where a number is rounded to a code."""
+    return (x * scale.reciprocal()).round_().add_(zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
-    ) -> Tensor:
-        z = round_zero_point(zero_point, qmin, qmax)
-        codes = quantize(x, scale, z, qmin, qmax)
-        ctx.save_for_backward(x, scale, z, codes)
-        ctx.range = qmin, qmax
-        return (codes - z).mul_(scale)
+    """x̂ with its three gradients by hand: clamp's own at its bounds differ between versions of torch.
+
+    Whether x lies inside the range is asked of its code before the clamp; the end codes belong to the inside.
+    With that mask m, the gradients are (LSQ, arXiv 1902.08153, eq. 3 and 5, and the same for z)
+
+        ∂x̂/∂x = m        ∂x̂/∂s = (x̂ − m·x) / s        ∂x̂/∂z = −s·(1 − m)
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, scale, z, codes = ctx.saved_tensors
-        qmin, qmax = ctx.range
-        # Whether x was inside the range is asked of its code before the clamp. The end codes belong to the
-        # inside: clamp's own gradient at its bounds differs between versions of torch and is not used.
-        position = x * scale.reciprocal()
-        unclamped = position.round().add_(z)
-        inside = (unclamped >= qmin) & (unclamped <= qmax)
-        grad_x = grad * inside
-        dims = list(range(1, x.dim()))
-        # ∂x̂/∂s = (q − z) − x/s inside, q − z outside (LSQ, arXiv 1902.08153, eq. 3).
-        grad_scale = (codes - z).sub_(position.mul_(inside)).mul_(grad).sum(dims, keepdim=True)
-        # ∂x̂/∂z = 0 inside, −s outside.
-        grad_zero = None
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        z = round_zero_point(zero_point, qmin, qmax)
+        y = quantize(x, scale, z, qmin, qmax).sub_(z).mul_(scale)
+        ctx.save_for_backward(x, y, scale, z)
+        ctx.bounds = qmin - 0.5, qmax + 0.5
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, z = ctx.saved_tensors
+        unclamped = _round(x, scale, z)
+
+        def masked(tensor: Tensor) -> Tensor:
+            # m·tensor in one pass; no integer lies on these bounds. Boolean masks cost three times as much.
+            return torch.ops.aten.hardtanh_backward(tensor, unclamped, *ctx.bounds)
+
+        grad_x = masked(grad)
+        grad_scale = grad_zero = None
+        rows = grad.flatten(1)
+        if ctx.needs_input_grad[1]:
+            slope = (y - masked(x)).flatten(1)
+            grad_scale = torch.bmm(rows.unsqueeze(1), slope.unsqueeze(2)).view_as(scale) / scale
         if ctx.needs_input_grad[2]:
-            grad_zero = (grad_x - grad).sum(dims, keepdim=True).mul_(scale)
+            grad_zero = (grad_x.flatten(1).sum(1) - rows.sum(1)).view_as(scale) * scale
         return grad_x, grad_scale, grad_zero, None, None
 
 

@@ -1,6 +1,7 @@
 """The layers of a quantized network: QALoRA (EfficientDM, eq. 6) around a convolution or a linear layer."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,9 @@ class QuantLayer(nn.Module):
         lora_b: (c_out, rank). For a convolution: the 1×1 convolution after it.
     """
 
-    def __init__(
-        self, layer: nn.Conv2d | nn.Linear, weight_bits: int, act_bits: int, rank: int, clock: Clock
-    ):
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, weight_bits: int, act_bits: int, rank: int, clock: Clock):
         super().__init__()
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
@@ -35,13 +36,19 @@ class QuantLayer(nn.Module):
         self.weight_quantizer = WeightQuantizer(weight_bits, channels)
         self.weight_quantizer.initialise(self.weight)
         self.act_quantizer = ActivationQuantizer(act_bits, clock)
+        self.shared_weight: Tensor | None = None
 
     def merged_weight(self) -> Tensor:
         """W0 + B·A."""
         return self.weight + (self.lora_b @ self.lora_a).view_as(self.weight)
 
+    def quantized_weight(self) -> Tensor:
+        """Q(W0 + B·A; s_w): merge, then quantize."""
+        return self.weight_quantizer(self.merged_weight())
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.apply_weight(self.act_quantizer(x), self.weight_quantizer(self.merged_weight()))
+        weight = self.quantized_weight() if self.shared_weight is None else self.shared_weight
+        return self.apply_weight(self.act_quantizer(x), weight)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's linear map of x under `weight`, plus its bias."""
@@ -55,11 +62,10 @@ class QuantConv2d(QuantLayer):
         if layer.padding_mode != "zeros":
             raise ValueError(f'only padding_mode "zeros" is supported, not "{layer.padding_mode}"')
         super().__init__(layer, weight_bits, act_bits, rank, clock)
-        self.stride, self.padding = layer.stride, layer.padding
-        self.dilation, self.groups = layer.dilation, layer.groups
+        self.geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, self.bias, *self.geometry)
 
 
 class QuantLinear(QuantLayer):

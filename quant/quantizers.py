@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from quant.functional import code_range, fake_quantize
 
-# Fractions of the min-max range that the search for an initial step size tries.
+# Fractions of the min-max range that the searches for an initial step size try: weights are few and get more.
+WEIGHT_FRACTIONS = torch.linspace(0.2, 1.1, 181)
 RANGE_FRACTIONS = torch.linspace(0.2, 1.1, 37)
 # Fractions of the negative part of a range that it keeps: SiLU's shallow tail is often better given up.
 TAIL_FRACTIONS = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -31,7 +32,7 @@ class Clock:
         self._interval: tuple[Tensor, Tensor, Tensor] | None = None
 
     def set(self, t: Tensor) -> None:
-        """Set the clock to timesteps t (N,), or (1,) for a batch that shares one."""
+        """Set the clock to the timestep of each sample, t (N,)."""
         ordered, rows = torch.tensor(self.timesteps, device=t.device).sort()
         above = torch.searchsorted(ordered, t.contiguous()).clamp(max=len(ordered) - 1)
         below = (above - 1).clamp(min=0)
@@ -44,7 +45,7 @@ class Clock:
         self._interval = None
 
     def read(self, table: Tensor) -> Tensor:
-        """The value of `table` (T,) for each sample, (N,) or (1,), interpolated linearly between its rows.
+        """The value of `table` (T,) for each sample, (N,), interpolated linearly between its rows.
 
         Raises:
             RuntimeError: the clock was not set.
@@ -53,10 +54,6 @@ class Clock:
             raise RuntimeError("the clock is not set: call the quantized model with (x, t), not its layers")
         below, above, fraction = self._interval
         return torch.lerp(table[below], table[above], fraction.to(table.dtype))
-
-    def rows(self) -> Tensor:
-        """The row of `timesteps` nearest to each sample's timestep, long (N,) or (1,)."""
-        return self.read(torch.arange(len(self.timesteps), dtype=torch.float64)).round().long()
 
     def __deepcopy__(self, memo: dict) -> "Clock":
         return memo.setdefault(id(self), Clock(self.timesteps))
@@ -70,6 +67,8 @@ class WeightQuantizer(nn.Module):
         channels: output channels, the size of dimension 0 of the weight.
     """
 
+    zero_point: Tensor
+
     def __init__(self, bits: int, channels: int):
         super().__init__()
         self.bits = bits
@@ -82,7 +81,7 @@ class WeightQuantizer(nn.Module):
         """Search each channel's step size for the least squared error on `weight` (c_out, …)."""
         rows = weight.flatten(1)
         widest = rows.abs().amax(1).clamp(min=1e-8) / -self.qmin
-        scales = RANGE_FRACTIONS.to(rows)[:, None] * widest
+        scales = WEIGHT_FRACTIONS.to(rows)[:, None] * widest
         scale, _ = _least_error(rows, scales, torch.zeros_like(scales), self.qmin, self.qmax)
         self.scale.copy_(scale)
 

@@ -1,5 +1,6 @@
 """Which layer computes in which bits, and its share of the parameters and of the multiply-accumulates."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,7 +61,7 @@ def _summarise_layer(
         rows.append(LayerSummary(name, kind, *bits, module.weight.numel() + biases, macs))
     elif isinstance(module, Attention):
         x = inputs[0]  # (1, C, H, W) or (1, L, C)
-        tokens = x.shape[2:].numel() if x.dim() == 4 else x.shape[1]
+        tokens = math.prod(x.shape[2:]) if x.dim() == 4 else x.shape[1]
         macs = 2 * tokens**2 * module.inner_dim  # q·kᵀ and attention·v
         rows.append(LayerSummary(name, "attention products", FLOAT_BITS, FLOAT_BITS, 0, macs))
 

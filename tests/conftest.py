@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from ddpm_mnist.sampler import SamplerConfig, Solver
+from ddpm_mnist.unet import UNetConfig, make_unet
+from finetune.trajectories import make_trajectories
+from quant import QuantConfig, calibrate, quantize
+
+TINY = UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
+
+
+@pytest.fixture
+def unet():
+    """A small UNet with random weights."""
+    torch.manual_seed(0)
+    return make_unet(TINY).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def solver():
+    return Solver(SamplerConfig(num_steps=6))
+
+
+@pytest.fixture
+def buffer(unet, solver):
+    return make_trajectories(unet, solver, count=8, seed=0)
+
+
+@pytest.fixture
+def student(unet, solver, buffer):
+    """A calibrated W4A4 copy of `unet`."""
+    model = quantize(unet, QuantConfig(rank=2), solver.timesteps.tolist())
+    calibrate(model, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
+    return model

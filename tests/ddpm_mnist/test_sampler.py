@@ -1,0 +1,122 @@
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+from ddpm_mnist.sampler import (
+    SamplerConfig,
+    Solver,
+    batches,
+    denoise,
+    draw_noise,
+    image_generators,
+    make_scheduler,
+    sample,
+    to_uint8,
+)
+
+SOLVERS = [("ddim", 0.0), ("ddim", 1.0), ("dpm++", 0.0)]
+
+
+@pytest.mark.parametrize("num_steps", [5, 20])
+@pytest.mark.parametrize(("name", "eta"), SOLVERS)
+def test_states_equal_diffusers_scheduler(unet, name, eta, num_steps):
+    config = SamplerConfig(name, num_steps, eta)
+    scheduler, generators = make_scheduler(config), image_generators(range(7, 10))
+    x = draw_noise(generators)
+    for step in denoise(unet, Solver(config), range(7, 10)):
+        t = scheduler.timesteps[step.number]
+        assert (step.x - x).abs().max() < 1e-4
+        options = {"eta": eta, "use_clipped_model_output": True} if name == "ddim" else {}
+        if eta:
+            options["variance_noise"] = draw_noise(generators)
+        x = scheduler.step(unet(x, t).sample, t, x, **options).prev_sample
+    assert (step.x_next - x).abs().max() < 1e-4
+
+
+def test_images_equal_diffusers_pipeline(unet):
+    config = SamplerConfig("ddim", 10)
+    pipeline = DDIMPipeline(unet=unet, scheduler=make_scheduler(config))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        4,
+        generator=image_generators(range(3, 7)),
+        num_inference_steps=10,
+        use_clipped_model_output=True,
+        output_type="np",
+    ).images
+    for step in denoise(unet, Solver(config), range(3, 7)):
+        ours = step.x_next
+    difference = (ours.clamp(-1, 1) / 2 + 0.5)[:, 0] - torch.from_numpy(theirs)[..., 0]
+    assert difference.abs().max() < 5e-5
+
+
+def test_specimen_diffusers_default_carries_the_unclipped_error_on(unet):
+    """Without use_clipped_model_output, DDIM clips x0 and keeps ε: not the sampler of the house."""
+    config = SamplerConfig("ddim", 10)
+    scheduler, x = make_scheduler(config), draw_noise(image_generators(range(4)))
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+    for step in denoise(unet, Solver(config), range(4)):
+        ours = step.x_next
+    assert (ours - x).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("name", "eta"), SOLVERS)
+def test_an_image_depends_on_its_seed_alone(unet, name, eta):
+    config = SamplerConfig(name, 4, eta)
+    whole = sample(unet, config, num_images=7, seed=5, batch_size=7)
+    assert whole.dtype == torch.uint8
+    assert whole.shape == (7, 28, 28)
+    parts = sample(unet, config, num_images=7, seed=5, batch_size=3)
+    later = sample(unet, config, num_images=2, seed=10, batch_size=1)
+    # A float network may round differently in another batch: one grey level is the most that it may show.
+    for one, other in ((whole, parts), (whole[5:], later)):
+        difference = (one.int() - other.int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.01
+
+
+def test_samples_of_one_batch_may_stand_at_different_steps(unet):
+    solver = Solver(SamplerConfig("dpm++", 6))
+    steps = list(denoise(unet, solver, range(3)))
+    where = torch.tensor([0, 5, 3])
+    who = torch.arange(3)
+    x, eps, expected = (torch.stack([getattr(s, k) for s in steps])[where, who] for k in ("x", "eps", "x_next"))
+    before = (where - 1).clamp(min=0)
+    x_before, eps_before = (torch.stack([getattr(s, k) for s in steps])[before, who] for k in ("x", "eps"))
+    x0_prev = solver.predict_x0(before, x_before, eps_before)
+    actual = solver.advance(where, x, solver.predict_x0(where, x, eps), x0_prev)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trailing_timesteps():
+    solver = Solver(SamplerConfig(num_steps=20))
+    assert solver.timesteps.tolist() == list(range(999, 0, -50))
+
+
+def test_batches_cover_the_seeds_once():
+    assert [list(b) for b in batches(3, 5, 2)] == [[3, 4], [5, 6], [7]]
+
+
+def test_uint8_ends():
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).view(1, 1, 1, 5)).flatten().tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "euler"}, 'solver must be "ddim" or "dpm\\+\\+", not "euler"'),
+        ({"num_steps": 0}, "num_steps must lie in 1…1000, not 0"),
+        ({"solver": "ddim", "eta": 1.5}, "eta must lie in"),
+        ({"eta": 0.5}, "eta is DDIM's"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**options)

@@ -1,0 +1,141 @@
+import json
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from ddpm_mnist.command import run_command
+from ddpm_mnist.unet import save_teacher
+from eval.fid import FidConfig, print_fid
+from eval.grid import GridConfig, draw_models
+from eval.models import load_model
+from eval.sample import SampleConfig, write_samples
+
+
+@pytest.fixture
+def teacher_folder(unet, tmp_path):
+    save_teacher(unet, tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+@pytest.fixture
+def student_folder(student, tmp_path):
+    student.save_pretrained(tmp_path / "student")
+    return str(tmp_path / "student")
+
+
+def test_samples_as_array_and_as_picture(teacher_folder, tmp_path):
+    options = {"model": teacher_folder, "num_images": 5, "num_steps": 2}
+    path = write_samples(SampleConfig(output=tmp_path / "x.npy", **options))
+    images = np.load(path)
+    assert images.dtype == np.uint8
+    assert images.shape == (5, 28, 28)
+    picture = matplotlib.image.imread(write_samples(SampleConfig(output=tmp_path / "x.png", **options)))
+    assert picture.shape[0] > 2 * 28
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["x.npy", "x.png"]
+
+
+def test_fid_writes_one_object(student_folder, tmp_path, capsys):
+    output = tmp_path / "deep" / "fid.json"
+    print_fid(FidConfig(model=student_folder, num_images=12, num_steps=2, seed=4, output=output))
+    score = json.loads(output.read_text())
+    assert (score["weight_bits"], score["act_bits"]) == (4, 4)
+    assert (score["num_images"], score["num_steps"], score["seed"]) == (12, 2, 4)
+    assert score["fid"] > 0
+    assert score["mse_to_teacher"] > 0
+    assert "W4A4" in capsys.readouterr().out
+
+
+def test_grid_labels_rows_with_recorded_scores(teacher_folder, student_folder, tmp_path):
+    (tmp_path / "student" / "metrics.json").write_text(
+        json.dumps([{"fid": 1.0, "num_images": 5}, {"fid": 7.5, "num_images": 2000}])
+    )
+    output = draw_models(
+        GridConfig(models=[teacher_folder, student_folder], columns=3, num_steps=2, output=tmp_path / "g.png")
+    )
+    picture = matplotlib.image.imread(output)
+    assert picture.ndim == 3
+    assert picture[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (
+            "fid",
+            ["--model", "nothing"],
+            'no model "nothing": neither released (teacher) nor a folder with a config.json',
+        ),
+        ("fid", ["--num-images", "1"], "num_images must be at least 2, not 1"),
+        ("fid", ["--num-images", "many"], "num_images"),
+        ("fid", ["--unknown", "3"], "unrecognized arguments: --unknown 3"),
+        ("fid", ["--config", "missing.yaml"], "missing.yaml"),
+        ("fid", ["--seed", "-1"], "seed must lie in"),
+        ("fid", ["--output", "{folder}"], "it is a folder"),
+        ("grid", ["--models"], "models"),
+        ("grid", ["--models", "teacher", "--output", "x.jpg"], "output must end in .png, not x.jpg"),
+    ],
+)
+def test_wrong_input_gets_one_line_and_exit_code_2(module, arguments, message, tmp_path, capsys):
+    function, config = {"fid": (print_fid, FidConfig), "grid": (draw_models, GridConfig)}[module]
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", function, config, arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("prog: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other shape", "no JSON"])
+def test_a_damaged_student_gets_one_line(student_folder, damage, tmp_path, capsys):
+    weights, config = tmp_path / "student" / "model.safetensors", tmp_path / "student" / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "other shape":
+        config.write_text(config.read_text().replace('"rank": 2', '"rank": 3'))
+    else:
+        config.write_text("{")
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", print_fid, FidConfig, ["--model", student_folder, "--output", str(tmp_path / "f.json")])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f'model "{student_folder}" cannot be loaded' in err
+    assert not (tmp_path / "f.json").exists()
+
+
+def test_the_released_teacher_draws_digits():
+    import torch
+
+    from ddpm_mnist.sampler import SamplerConfig, sample
+    from eval.metrics import measure
+
+    images = sample(load_model("teacher").denoiser, SamplerConfig(), num_images=128)
+    noise = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    score = measure(images, noise)
+    assert score["inception_score"] > 6
+    assert score["kid"] < 0.3
+
+
+def test_help_of_the_console_script_is_quick():
+    command = [sys.executable, "-X", "importtime", "-c", "from finetune.cli import main; main()", "--help"]
+    start = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "efficientdm run --config configs/quick.yaml" in result.stdout
+    assert "torch" not in result.stderr, "heavy imports wait until they are needed"
+    assert time.monotonic() - start < 30
+
+
+def test_an_unknown_command_gets_one_line():
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", "fly"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith('efficientdm: no command "fly"; there are run, ')
+    assert result.stderr.count("\n") == 1

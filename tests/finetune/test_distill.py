@@ -1,0 +1,190 @@
+import contextlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm_mnist.runs import RunState, update_generator
+from ddpm_mnist.sampler import SamplerConfig, Solver
+from finetune.distill import (
+    DistillConfig,
+    distill,
+    learning_rate_factor,
+    parameter_groups,
+    per_step_loss,
+    rollout_loss,
+)
+from finetune.trajectories import make_trajectories
+
+
+class FloatStudent:
+    """A student that is its own teacher."""
+
+    def __init__(self, unet):
+        self.unet = unet
+        self.shared_weights = contextlib.nullcontext
+
+    def __call__(self, x, t):
+        return self.unet(x, t)
+
+
+@pytest.mark.parametrize("solver_name", ["ddim", "dpm++"])
+def test_a_student_that_is_the_teacher_has_no_loss(unet, solver_name):
+    solver = Solver(SamplerConfig(solver_name, 6))
+    buffer = make_trajectories(unet, solver, count=4, seed=1)
+    for loss, steps in ((per_step_loss, 1), (rollout_loss, 1), (rollout_loss, 4), (rollout_loss, 6)):
+        config = DistillConfig(batch_size=32, rollout_steps=steps)
+        assert loss(FloatStudent(unet), solver, buffer, config, update_generator(0, 0)).item() < 1e-8
+
+
+def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, solver, buffer):
+    losses = [
+        rollout_loss(
+            student, solver, buffer, DistillConfig(batch_size=32, rollout_steps=k), update_generator(0, 0)
+        ).item()
+        for k in (1, 5)
+    ]
+    assert 1e-6 < losses[0] < losses[1]
+
+
+def test_the_buffers_noise_is_never_scored(unet, solver):
+    from ddpm_mnist.sampler import SEED_LIMIT, draw_noise, image_generators
+
+    scored = draw_noise(image_generators(range(8)))
+    starts = [make_trajectories(unet, solver, count=8, seed=seed).x[:, 0] for seed in (0, 1)]
+    noises = torch.cat([scored, *starts]).flatten(1)
+    assert len(noises.unique(dim=0)) == 24
+    assert torch.equal(starts[1], draw_noise(image_generators(range(SEED_LIMIT + 2**18, SEED_LIMIT + 2**18 + 8))))
+
+
+def test_adapters_learn_in_proportion_to_their_layers_mean_weight_step_size(student):
+    config = DistillConfig(lr_adapters=0.5)
+    groups = {group["name"]: group for group in parameter_groups(student, config)}
+    rates = []
+    for name, layer in student.layers():
+        group = groups[f"{name}.lora"]
+        assert {id(p) for p in group["params"]} == {id(layer.lora_a), id(layer.lora_b)}
+        assert group["peak_lr"] == pytest.approx(0.5 * layer.weight_quantizer.scale.mean().item())
+        rates.append(group["peak_lr"])
+    assert max(rates) > 1.5 * min(rates)
+
+
+@pytest.mark.parametrize("objective", ["per-step", "rollout"])
+def test_what_is_learned_changes_and_nothing_else_does(student, solver, buffer, tmp_path, objective):
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    config = DistillConfig(objective, num_updates=10, batch_size=24, rollout_steps=3, warmup_updates=1)
+    run = RunState(tmp_path, {})
+    run.load()
+    distill(student, solver, buffer, config, run, seed=0)
+    learned = (
+        "lora_a",
+        "lora_b",
+        "weight_quantizer.scale",
+        "act_quantizer.scale",
+        "act_quantizer.zero_point",
+    )
+    for name, tensor in student.state_dict().items():
+        if name.endswith("act_quantizer.scale"):
+            assert (tensor != before[name]).all(), f"{name}: the step size of every timestep is learned"
+        elif name.endswith(learned):
+            assert not torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+    trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert all(name.endswith(learned) for name in trainable)
+
+
+@pytest.mark.parametrize("objective", ["per-step", "rollout"])
+def test_distillation_lowers_the_loss(student, solver, buffer, tmp_path, objective):
+    from finetune.distill import OBJECTIVES
+
+    config = DistillConfig(objective, num_updates=40, batch_size=16, rollout_steps=3, warmup_updates=5)
+
+    def loss():
+        with torch.no_grad():
+            probe = DistillConfig(objective, batch_size=256, rollout_steps=3)
+            return OBJECTIVES[objective](student, solver, buffer, probe, update_generator(9, 0)).item()
+
+    start, run = loss(), RunState(tmp_path, {})
+    run.load()
+    distill(student, solver, buffer, config, run, seed=0)
+    assert loss() < 0.9 * start
+
+
+def test_a_step_size_stays_positive(student, solver, buffer, tmp_path):
+    config = DistillConfig(
+        "per-step", num_updates=8, batch_size=4, lr_weight_scales=3.0, lr_act_scales=3.0, warmup_updates=0
+    )
+    run = RunState(tmp_path, {})
+    run.load()
+    distill(student, solver, buffer, config, run, seed=0)
+    for _, layer in student.layers():
+        assert (layer.weight_quantizer.scale > 0).all()
+        assert (layer.act_quantizer.scale > 0).all()
+
+
+def test_a_learning_rate_of_zero_freezes(student):
+    groups = parameter_groups(student, DistillConfig(lr_act_scales=0, lr_zero_points=0))
+    assert {group["name"].rsplit(".", 1)[-1] for group in groups} == {"lora", "weight_scale"}
+    assert not any(layer.act_quantizer.scale.requires_grad for _, layer in student.layers())
+
+
+def test_the_schedule_rises_and_falls_along_a_cosine():
+    config = DistillConfig(num_updates=100, warmup_updates=10)
+    factors = [learning_rate_factor(config, update) for update in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[99] < 0.001
+
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from ddpm_mnist.runs import RunState
+from finetune.distill import DistillConfig
+from finetune.pipeline import RunConfig, distill_student
+from ddpm_mnist.sampler import SamplerConfig
+from quant import QuantConfig
+
+teacher, folder, killed_at = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+log = RunState.log
+def log_or_die(self, **row):
+    log(self, **row)
+    if row["update"] == killed_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunState.log = log_or_die
+distill_student(RunConfig(
+    output=folder, teacher=teacher, sampler=SamplerConfig(num_steps=4), student=QuantConfig(rank=2),
+    num_trajectories=8, calibration_trajectories=8,
+    distill=DistillConfig(num_updates=6, batch_size=4, rollout_steps=2, log_every=1, save_every=2)))
+"""
+
+
+def test_a_killed_distillation_goes_on_as_if_nothing_had_happened(unet, tmp_path):
+    from ddpm_mnist.unet import save_teacher
+
+    save_teacher(unet, tmp_path / "teacher")
+
+    def process(folder, killed_at=0):
+        command = [
+            sys.executable,
+            "-c",
+            RUN,
+            str(tmp_path / "teacher"),
+            str(tmp_path / folder),
+            str(killed_at),
+        ]
+        return subprocess.run(command, capture_output=True).returncode
+
+    assert process("whole") == 0
+    assert process("killed", killed_at=5) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    assert process("killed") == 0
+    weights = [load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    logs = [(tmp_path / folder / "log.jsonl").read_text().splitlines() for folder in ("whole", "killed")]
+    assert [line.split('"seconds"')[0] for line in logs[0]] == [line.split('"seconds"')[0] for line in logs[1]]
+    assert len(logs[0]) == 6

@@ -1,0 +1,120 @@
+import json
+
+import pytest
+import torch
+import yaml
+
+from ddpm_mnist import InputError
+from ddpm_mnist.command import run_command
+from ddpm_mnist.unet import save_teacher
+from eval.models import load_model
+from finetune.pipeline import RunConfig, run
+
+SMALL = """
+teacher: {teacher}
+output: {output}
+sampler: {{num_steps: 3}}
+student: {{weight_bits: 3, act_bits: 5, rank: 2}}
+num_trajectories: 6
+calibration_trajectories: 4
+num_images: 10
+grid_columns: 4
+distill: {{num_updates: 3, batch_size: 4, rollout_steps: 2, log_every: 1}}
+"""
+
+
+@pytest.fixture
+def config_path(unet, tmp_path):
+    save_teacher(unet, tmp_path / "teacher")
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL.format(teacher=tmp_path / "teacher", output=tmp_path / "run"))
+    return path
+
+
+def test_the_main_job_leaves_a_whole_run_folder(config_path, tmp_path, capsys):
+    run_command("prog", run, RunConfig, ["--config", str(config_path), "--seed", "5"])
+    folder = tmp_path / "run"
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "scheduler/scheduler_config.json",
+        "log.jsonl",
+        "state/latest.pt",
+    ):
+        assert (folder / name).is_file(), name
+    for name in ("grid.png", "loss.png", "step_sizes.png"):
+        assert (folder / name).stat().st_size > 5000, name
+
+    scores = json.loads((folder / "metrics.json").read_text())
+    assert [score["model"] for score in scores] == ["teacher", "ptq", "student"]
+    assert [score["weight_bits"] for score in scores] == [32, 3, 3]
+    assert [score["act_bits"] for score in scores] == [32, 5, 5]
+    assert scores[0]["mse_to_teacher"] == 0 < scores[2]["mse_to_teacher"]
+    assert {score["num_images"] for score in scores} == {10}
+
+    report = (folder / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 3
+    assert "http" not in report
+    for needle in (
+        "W3A5",
+        "up_blocks.0.resnets.0.conv_shortcut",
+        "attention products",
+        "weight_bits: 3",
+        "seed: 5",
+    ):
+        assert needle in report, needle
+
+    out = capsys.readouterr().out
+    assert "report.html" in out
+    assert "grid.png" in out
+
+    student = load_model(str(folder))
+    assert (student.weight_bits, student.act_bits) == (3, 5)
+
+    again = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (again["seed"], again["student"]["act_bits"], again["sampler"]["num_steps"]) == (5, 5, 3)
+
+
+def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
+    run_command("prog", run, RunConfig, ["--config", str(config_path)])
+    again = str(tmp_path / "again")
+    run_command("prog", run, RunConfig, ["--config", str(tmp_path / "run" / "config.yaml"), "--output", again])
+    first, second = (load_model(folder).denoiser.state_dict() for folder in (str(tmp_path / "run"), again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path):
+    arguments = ["--config", str(config_path)]
+    run_command("prog", run, RunConfig, arguments)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        run_command("prog", run, RunConfig, [*arguments, "--student.act_bits", "8"])
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student.weight_bits", "1"], "weight_bits must lie in 2…8, not 1"),
+        (["--student.act_bits", "40"], "act_bits must lie in 2…8, not 40"),
+        (["--student.wieght_bits", "4"], "wieght_bits"),
+        (["--distill.objective", "magic"], "objective must be one of per-step, rollout, not magic"),
+        (["--sampler.solver", "ddim", "--sampler.eta", "1"], "eta must be 0"),
+        (["--calibration_trajectories", "9999"], "calibration_trajectories must be at most num_trajectories"),
+        (["--teacher", "nobody"], 'no model "nobody"'),
+    ],
+)
+def test_wrong_input_gets_one_line_before_anything_starts(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", run, RunConfig, ["--output", str(tmp_path / "run"), *arguments])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_is_no_teacher(student, tmp_path):
+    student.save_pretrained(tmp_path / "student")
+    with pytest.raises(InputError, match="full precision"):
+        run(RunConfig(teacher=str(tmp_path / "student"), output=tmp_path / "run"))

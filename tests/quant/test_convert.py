@@ -1,0 +1,118 @@
+import pytest
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_mnist.sampler import SamplerConfig, make_scheduler
+from quant import QuantConfig, QuantizedUNet, QuantLayer, calibrate, quantize
+from quant.summary import shares, summarise
+
+
+def test_bits_are_found_by_structure(unet):
+    model = quantize(unet, QuantConfig(weight_bits=2, act_bits=5, edge_bits=7), [9])
+    bits = {name: (layer.weight_quantizer.bits, layer.act_quantizer.bits) for name, layer in model.layers()}
+    edges = {name for name in bits if bits[name] == (7, 7)}
+    assert edges == {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+    assert all(bits[name] == (2, 5) for name in bits.keys() - edges)
+    assert any("shortcut" in name for name in bits)
+    assert any("samplers" in name for name in bits)
+    assert any("to_qkv" in name for name in bits)
+    assert not any(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+
+
+def test_the_unet_that_was_given_is_left_alone(unet):
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    quantize(unet, QuantConfig(), [9])
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+    assert not any(isinstance(module, QuantLayer) for module in unet.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_out_channels": (8, 16, 16), "layers_per_block": 2, "attention_head_dim": 4},
+        {"block_out_channels": (16, 24, 24), "layers_per_block": 1, "resnet_time_scale_shift": "scale_shift"},
+    ],
+)
+def test_other_unets_of_diffusers_at_8_bits_are_close_to_float(options):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        **options,
+    ).eval()
+    x, t = torch.randn(4, 3, 16, 16), torch.tensor([700, 20, 20, 700])
+    model = quantize(unet, QuantConfig(weight_bits=8, act_bits=8), [700, 20])
+    calibrate(model, {700: x, 20: x})
+    with torch.no_grad():
+        expected, actual = unet(x, t).sample, model(x, t).sample
+    error = ((actual - expected).square().mean() / expected.square().mean()).sqrt()
+    assert 0 < error < 0.05
+
+
+def test_what_cannot_be_quantized_is_refused():
+    with pytest.raises(ValueError, match="Sequential has no conv_in"):
+        quantize(nn.Sequential(), QuantConfig(), [9])
+
+
+@pytest.mark.parametrize("field", ["weight_bits", "act_bits", "edge_bits"])
+@pytest.mark.parametrize("bits", [1, 40])
+def test_bits_outside_2_to_8_are_refused_by_name(field, bits):
+    with pytest.raises(ValueError, match=f"{field} must lie in 2…8, not {bits}"):
+        QuantConfig(**{field: bits})
+
+
+def test_calibration_needs_the_clocks_timesteps(unet):
+    with pytest.raises(ValueError, match=r"calibration needs states at \[9, 5\], not at \[9\]"):
+        calibrate(quantize(unet, QuantConfig(), [9, 5]), {9: torch.randn(2, 1, 28, 28)})
+
+
+def test_calibration_runs_the_network_in_float(student, unet, buffer):
+    """Searched on float activations: the input of the last layer, whose range the quantized network would change."""
+    captured = []
+    hook = unet.conv_out.register_forward_hook(lambda _, inputs, __: captured.append(inputs[0]))
+    for step, t in enumerate(student.clock.timesteps):
+        unet(buffer.x[:, step], torch.tensor(t))
+    hook.remove()
+    quantizer = dict(student.layers())["conv_out"].act_quantizer
+    for x, scale in zip(captured, quantizer.scale, strict=True):
+        assert 0.15 < scale.item() * 255 / (x.max() - x.min().clamp(max=0)).item() < 1.2
+
+
+def test_a_saved_student_computes_the_same_bits(student, buffer, tmp_path):
+    nn.init.normal_(next(student.layers())[1].lora_b)
+    student.save_pretrained(tmp_path)
+    loaded = QuantizedUNet.from_pretrained(tmp_path)
+    x, t = buffer.x[:, 2], torch.tensor([*student.clock.timesteps, 500, 3])[: len(buffer.x)]
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t).sample, student(x, t).sample)
+
+
+def test_a_student_goes_into_diffusers_pipeline(student):
+    scheduler = make_scheduler(SamplerConfig("ddim", num_steps=6))
+    pipeline = DDIMPipeline(unet=student, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(2, num_inference_steps=6, use_clipped_model_output=True, output_type="np").images
+    assert images.shape == (2, 28, 28, 1)
+
+
+def test_multiply_accumulates_equal_torchs_flop_counter(student, unet):
+    rows = summarise(student)
+    # The counter sees attention's products only where they are plain matrix products.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        unet(torch.zeros(1, 1, 28, 28), 5)
+    products = sum(row.macs for row in rows if row.kind == "attention products")
+    assert products > 0
+    assert 2 * sum(row.macs for row in rows) == counter.get_total_flops()
+    convs_and_linears = [m for m in unet.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert sum(row.parameters for row in rows) == sum(p.numel() for m in convs_and_linears for p in m.parameters())
+    totals = shares(rows)
+    assert set(totals) == {"W4A4", "W8A8", "float"}
+    for column in zip(*totals.values(), strict=True):
+        assert sum(column) == pytest.approx(1)
