@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.utils import save_image
 
+from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_mnist
 from ddpm_mnist.runs import RunState, progress, update_generator
 from ddpm_mnist.sampler import SamplerConfig, sample
@@ -93,7 +94,7 @@ def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
 def train_teacher(config: TeacherConfig) -> Path:
     """Train the teacher of `config` on MNIST, or go on where its folder left off.
 
-    Writes log.jsonl, samples/*.png, state/, and at the end unet/ and scheduler/.
+    Writes config.yaml, log.jsonl, samples/*.png, state/, and at the end unet/ and scheduler/.
 
     Raises:
         InputError: MNIST cannot be had, or the folder belongs to another configuration.
@@ -116,6 +117,8 @@ def train_teacher(config: TeacherConfig) -> Path:
         ema.load_state_dict(state["ema"])
         first, seconds_before = state["update"], state["seconds"]
 
+    if accelerator.is_main_process:
+        save_config(config, config.output / "config.yaml")
     unet, optimizer = accelerator.prepare(unet, optimizer)
     ema.to(accelerator.device)
     schedule = make_noise_schedule()

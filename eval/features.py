@@ -1,42 +1,17 @@
-"""The feature network that all scores are computed on, its training, and the reference statistics of MNIST."""
+"""The feature network that all scores are computed on, and the reference statistics of MNIST."""
 
 import hashlib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
-
-from ddpm_mnist.data import load_mnist
-from ddpm_mnist.runs import write_json
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 KID_REFERENCE_IMAGES = 10_000
-
-
-@dataclass
-class FeaturesConfig:
-    output: Path = Path("runs/features")
-    """Folder for features.safetensors, reference.safetensors and features.json."""
-    epochs: int = 8
-    """Passes over the 60,000 training images."""
-    batch_size: int = 128
-    """Images per update."""
-    learning_rate: float = 3e-3
-    """Peak of the one-cycle schedule."""
-    seed: int = 0
-    """Seeds the initial weights, the order of the images and their augmentation."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 class FeatureNetwork(nn.Module):
@@ -118,42 +93,3 @@ def reference_statistics(features: Tensor) -> dict[str, Tensor]:
         "count": torch.tensor(len(features)),
         "kid_features": features[:KID_REFERENCE_IMAGES].half().contiguous(),
     }
-
-
-def train_features(config: FeaturesConfig) -> dict[str, float]:
-    """Train the network on the 60,000 training images; the 10,000 test images only measure it, once, at the end.
-
-    Raises:
-        InputError: MNIST cannot be had.
-    """
-    images, labels = load_mnist("train")
-    torch.manual_seed(config.seed)
-    network = FeatureNetwork()
-    augment = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    total = config.epochs * (len(images) // config.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total)
-    order = torch.cat([torch.randperm(len(images)) for _ in range(config.epochs)])
-    for step in track(range(total), "feature network"):
-        index = order[step * config.batch_size : (step + 1) * config.batch_size]
-        # One shift, turn and size for groups of 16: an affine map a batch is too few, one an image too slow.
-        batch = torch.cat([augment(part) for part in images[index].split(16)])
-        loss = F.cross_entropy(network(batch)[1], labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-    network.eval()
-    features, _ = extract(network, images)
-    network.standardise(features)
-    features, _ = extract(network, images)
-    test_images, test_labels = load_mnist("test")
-    _, logits = extract(network, test_images)
-    accuracy = (logits.argmax(1) == test_labels).float().mean().item()
-    config.output.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), config.output / "features.safetensors")
-    save_file(reference_statistics(features), config.output / "reference.safetensors")
-    scores = {"test_accuracy": accuracy}
-    write_json(config.output / "features.json", scores)
-    return scores

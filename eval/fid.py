@@ -67,9 +67,9 @@ def print_fid(config: FidConfig) -> Score:
     Prints a table and writes one JSON object. Needs no data: the reference statistics are shipped.
     """
     prepare_output(config.output)
-    model = load_model(config.model)
+    model, teacher = load_model(config.model), load_model("teacher")
     images, seconds = draw(model, config)
-    teacher_images = images if config.model == "teacher" else draw(load_model("teacher"), config)[0]
+    teacher_images = images if config.model == "teacher" else draw(teacher, config)[0]
     score = score_images(model, images, seconds, teacher_images, config)
     print_scores([score])
     write_json(config.output, dataclasses.asdict(score))

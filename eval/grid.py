@@ -1,16 +1,16 @@
 """A labelled row of images per model, from the same noise in each column."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm_mnist.command import run_command
+from ddpm_mnist.runs import write_bytes
 from ddpm_mnist.sampler import SamplerConfig
 from eval.metrics import measure
 from eval.models import Model, load_model
-from eval.plots import image_grid
+from eval.plots import image_grid, to_png
 from eval.sample import DrawConfig, draw, prepare_output
 
 
@@ -67,16 +67,9 @@ def draw_models(config: GridConfig) -> Path:
         if config.num_images:
             fid = f"FID {measure(images, images)['fid']:.2f} ({config.num_images:,})"
         rows.append((row_label(model, fid), images[: config.columns]))
-    save_figure(image_grid(rows), config.output)
+    write_bytes(config.output, to_png(image_grid(rows)))
     print(f"{len(rows)} rows in {config.output}")
     return config.output
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(beside, dpi=150)
-    beside.replace(path)
 
 
 if __name__ == "__main__":

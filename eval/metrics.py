@@ -1,5 +1,6 @@
 """From images to scores: features → statistics → metric, through torchmetrics, in float64."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from eval.features import extract, features_digest, load_features, load_reference
+
+# torchmetrics warns that these metrics keep every feature: some ten thousand times 128 numbers.
+warnings.filterwarnings("ignore", message="Metric .* will save all extracted features in buffer")
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000

@@ -1,10 +1,18 @@
 """The pictures: each function makes one matplotlib figure."""
 
+import io
 from collections.abc import Sequence
 
 from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
+
+
+def to_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file, its margins cut off."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.08)
+    return buffer.getvalue()
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:

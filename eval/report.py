@@ -1,7 +1,6 @@
 """The report of a run: one self-contained page of HTML."""
 
 import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from matplotlib.figure import Figure
 
 from ddpm_mnist.runs import write_text
 from eval.metrics import Score
+from eval.plots import to_png
 from quant.summary import LayerSummary, shares
 
 
 def embed(figure: Figure) -> str:
     """A figure as a data URL."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(to_png(figure)).decode()
 
 
 def write_report(

@@ -1,6 +1,6 @@
 """Draw images with a model, into an array or a picture."""
 
-import os
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from ddpm_mnist import InputError
-from ddpm_mnist.runs import progress
+from ddpm_mnist.runs import progress, write_bytes
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, device, load_model
 
@@ -75,12 +75,12 @@ def write_samples(config: SampleConfig) -> Path:
     """Draw images with a model, as an array (.npy) or a picture (.png)."""
     prepare_output(config.output)
     images, _ = draw(load_model(config.model), config)
-    beside = config.output.with_name(f".{os.getpid()}.{config.output.name}")
+    content = io.BytesIO()
     if config.output.suffix == ".npy":
-        np.save(beside, images.numpy())
+        np.save(content, images.numpy())
     else:
         columns = max(1, round(config.num_images**0.5))
-        save_image(rearrange(images, "n h w -> n 1 h w").float() / 255, beside, nrow=columns)
-    beside.replace(config.output)
+        save_image(rearrange(images, "n h w -> n 1 h w").float() / 255, content, nrow=columns, format="png")
+    write_bytes(config.output, content.getvalue())
     print(f"{len(images)} images of {config.model} in {config.output}")
     return config.output

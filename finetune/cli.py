@@ -27,7 +27,7 @@ COMMANDS = {
     "grid": Command("eval.grid", "draw_models", "GridConfig", "Draw a row of images per model, from the same noise"),
     "teacher": Command("ddpm_mnist.train", "train_teacher", "TeacherConfig", "Train the teacher (needs MNIST)"),
     "features": Command(
-        "eval.features", "train_features", "FeaturesConfig", "Train the feature network of the scores (needs MNIST)"
+        "eval.train_features", "train_features", "FeaturesConfig", "Train the scores' feature network (needs MNIST)"
     ),
 }  # fmt: skip
 

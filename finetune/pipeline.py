@@ -10,12 +10,12 @@ import torch
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
-from ddpm_mnist.runs import RunState, progress, read_log, write_json
+from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_json
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler
 from eval.fid import print_scores, score_images
-from eval.grid import row_label, save_figure
+from eval.grid import row_label
 from eval.models import Model, device, load_model
-from eval.plots import image_grid, loss_curve, step_sizes
+from eval.plots import image_grid, loss_curve, step_sizes, to_png
 from eval.report import write_report
 from eval.sample import DrawConfig, draw
 from finetune.distill import DistillConfig, distill
@@ -163,7 +163,7 @@ def run(config: RunConfig) -> Path:
         ),
     }
     for name, figure in figures.items():
-        save_figure(figure, config.output / f"{name}.png")
+        write_bytes(config.output / f"{name}.png", to_png(figure))
     write_report(
         config.output / "report.html",
         title=f"{models[-1].bits} student, distilled without data",

@@ -99,15 +99,18 @@ class QuantizedUNet(nn.Module):
             "timesteps": self.clock.timesteps,
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        beside = folder / ".partial"  # a file is whole or not there
+        save_file(tensors, beside)
+        beside.replace(folder / "model.safetensors")
+        beside.write_text(json.dumps(config, indent=2) + "\n")
+        beside.replace(folder / "config.json")
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "QuantizedUNet":
         """Read what `save_pretrained` wrote, in evaluation mode; nothing else is needed."""
         config = json.loads((folder / "config.json").read_text())
         unet = UNet2DModel.from_config(config["unet"])
-        model = quantize(unet, QuantConfig(**config["quantization"]), config["timesteps"])
+        model = _convert(unet, QuantConfig(**config["quantization"]), config["timesteps"])
         model.unet.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
 
@@ -125,6 +128,14 @@ def quantize(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
     Raises:
         ValueError: `unet` has a part that cannot be quantized, or lacks conv_in, conv_out or time_embedding.
     """
+    model = _convert(unet, config, timesteps)
+    for _, layer in model.layers():
+        layer.weight_quantizer.initialise(layer.weight)
+    return model
+
+
+def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -> QuantizedUNet:
+    """The structure of the quantized model; its step sizes are yet to be set."""
     unet = copy.deepcopy(unet).requires_grad_(False)
     clock = Clock(timesteps)
     edges: set[nn.Module] = set()

@@ -34,7 +34,6 @@ class QuantLayer(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(channels, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.weight_quantizer = WeightQuantizer(weight_bits, channels)
-        self.weight_quantizer.initialise(self.weight)
         self.act_quantizer = ActivationQuantizer(act_bits, clock)
         self.shared_weight: Tensor | None = None
 

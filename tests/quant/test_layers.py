@@ -14,6 +14,7 @@ def make_layer(kind, float_layer):
     torch.manual_seed(0)
     clock = Clock([10])
     layer = kind(float_layer, 4, 8, 3, clock)
+    layer.weight_quantizer.initialise(layer.weight)
     with torch.no_grad():
         layer.act_quantizer.scale.fill_(0.03)
         layer.act_quantizer.zero_point.fill_(128)

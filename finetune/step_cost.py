@@ -1,0 +1,102 @@
+"""What one update costs: distillation against plain training of the teacher, side by side in one run."""
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+
+from ddpm_mnist.command import run_command
+from ddpm_mnist.runs import update_generator
+from ddpm_mnist.sampler import SamplerConfig, Solver
+from ddpm_mnist.unet import make_noise_schedule
+from eval.models import load_model
+from finetune.distill import OBJECTIVES, DistillConfig, parameter_groups
+from finetune.pipeline import calibration_states
+from finetune.trajectories import make_trajectories
+from quant import QuantConfig, calibrate, quantize
+
+
+@dataclass
+class StepCostConfig:
+    batch_size: int = 64
+    """Images per update of the teacher and of the per-step objective."""
+    rounds: int = 9
+    """Interleaved rounds; the table shows their medians."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
+    """Time one update of each kind in turn, and print the medians and their ratios to the teacher's.
+
+    The rollout is that of the quick run, 16 trajectories of 5 steps: 80 network evaluations an update.
+    """
+    unet = load_model("teacher").denoiser.cpu()
+    solver = Solver(SamplerConfig())
+    buffer = make_trajectories(unet, solver, 16, seed=0)
+    student = quantize(unet, QuantConfig(), solver.timesteps.tolist())
+    calibrate(student, calibration_states(buffer, solver, 16))
+    unet.requires_grad_(True)
+    schedule = make_noise_schedule()
+
+    def updater(parameters: list[nn.Parameter], loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.Adam(parameters, lr=1e-9, fused=True)
+
+        def update() -> None:
+            optimizer.zero_grad()
+            loss().backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+        return update
+
+    def teacher_loss(count: int) -> torch.Tensor:
+        t, eps = torch.randint(1000, (count,)), torch.randn(count, 1, 28, 28)
+        return F.mse_loss(unet(schedule.add_noise(torch.zeros_like(eps), eps, t), t).sample, eps)
+
+    def student_updater(options: DistillConfig) -> Callable[[], None]:
+        learned = [parameter for group in parameter_groups(student, options) for parameter in group["params"]]
+        objective, generator = OBJECTIVES[options.objective], update_generator(0, 0)
+        return updater(learned, lambda: objective(student, solver, buffer, options, generator))
+
+    batch, teacher = config.batch_size, list(unet.parameters())
+    kinds = {
+        f"teacher, batch {batch}": updater(teacher, lambda: teacher_loss(batch)),
+        f"per-step distillation, batch {batch}": student_updater(DistillConfig("per-step", batch_size=batch)),
+        "teacher, batch 80": updater(teacher, lambda: teacher_loss(80)),
+        "rollout distillation, 16 trajectories × 5 steps": student_updater(DistillConfig("rollout")),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(config.rounds + 1):
+        for name, update in kinds.items():
+            start = time.perf_counter()
+            update()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    table = Table(title=f"One update, median of {config.rounds} rounds ({machine}, torch {torch.__version__})")
+    table.add_column("kind")
+    table.add_column("seconds", justify="right")
+    table.add_column("to the teacher's", justify="right")
+    values = list(medians.values())
+    for index, (name, value) in enumerate(medians.items()):
+        table.add_row(name, f"{value:.3f}", f"{value / values[index // 2 * 2]:.2f}")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    return medians
+
+
+if __name__ == "__main__":
+    run_command("python -m finetune.step_cost", measure_step_cost, StepCostConfig, sys.argv[1:])
