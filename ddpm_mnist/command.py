@@ -4,11 +4,13 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 
 from ddpm_mnist import InputError
+from ddpm_mnist.runs import write_text
 
 
 def run_command(prog: str, function: Callable[[Any], Any], config_class: type, arguments: list[str]) -> Any:
@@ -21,9 +23,7 @@ def run_command(prog: str, function: Callable[[Any], Any], config_class: type, a
     """
     # The help of an option is the docstring under its field.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog=prog, description=inspect.getdoc(function), exit_on_error=False, formatter_class=_formatter()
-    )
+    parser = jsonargparse.ArgumentParser(prog=prog, description=inspect.getdoc(function), exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; options that follow override what it says")
     lists = {field.name for field in dataclasses.fields(config_class) if field.type == list[str]}
     parser.add_class_arguments(config_class, as_group=False, skip=lists)
@@ -51,19 +51,13 @@ def _underscored(word: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def _formatter() -> type:
-    return type("Formatter", (jsonargparse.DefaultHelpFormatter,), {"_max_help_position": 32})
-
-
 def _fail(prog: str, message: str, code: int) -> NoReturn:
     print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
-def save_config(config: Any, path: Any) -> None:
+def save_config(config: Any, path: Path) -> None:
     """Write the dataclass `config` as the YAML that `--config` reads back."""
-    from ddpm_mnist.runs import write_text
-
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(type(config), as_group=False)
     values = jsonargparse.dict_to_namespace(dataclasses.asdict(config))

@@ -162,18 +162,19 @@ def sample(
     seed: int = 0,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
-    progress: Callable[[int], None] = lambda images: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Images uint8 (num_images, 28, 28) on the CPU; image i starts from the noise of seed + i.
 
-    `progress` is called after each batch with the number of images that it held.
+    `progress` is called after each batch with the number of images that are done.
     """
-    solver, images = Solver(config), []
+    solver, done, images = Solver(config), 0, []
     for seeds in batches(seed, num_images, batch_size):
         for step in denoise(denoiser, solver, seeds, device):
             x = step.x_next
         images.append(to_uint8(x))
-        progress(len(seeds))
+        done += len(seeds)
+        progress(done)
     return torch.cat(images)
 
 

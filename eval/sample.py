@@ -49,15 +49,9 @@ class SampleConfig(DrawConfig):
 
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     """The model's images uint8 (num_images, 28, 28) as `config` says, and the seconds that they took."""
-    start, done = time.monotonic(), 0
+    start = time.monotonic()
     with progress(f"sampling {model.name}", config.num_images) as advance:
-
-        def report(images: int) -> None:
-            nonlocal done
-            done += images
-            advance(done)
-
-        images = sample(model.denoiser, config, config.num_images, config.seed, config.batch_size, device(), report)
+        images = sample(model.denoiser, config, config.num_images, config.seed, config.batch_size, device(), advance)
     return images, time.monotonic() - start
 
 

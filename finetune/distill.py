@@ -23,7 +23,7 @@ class DistillConfig:
     batch_size: int = 16
     """Trajectories ("rollout") or states ("per-step") per update."""
     rollout_steps: int = 5
-    """K, the student's steps per rollout."""
+    """K, the student's steps per rollout, at most the sampler's."""
     lr_adapters: float = 0.1
     """Learning rate of A and B as a factor of the layer's mean weight step size (scale-aware, eq. 8)."""
     lr_weight_scales: float = 1e-3
@@ -79,16 +79,15 @@ def rollout_loss(
     Each sample of the batch starts at a step of its own. A solver with memory (DPM-Solver++) starts from the
     teacher's x0 of the step before, and hands on the student's own after that.
     """
-    num_steps = buffer.eps.shape[1]
-    rollout_steps = min(config.rollout_steps, num_steps)
-    who, step = _draw(buffer, num_steps - rollout_steps + 1, config.batch_size, generator)
+    num_starts = buffer.eps.shape[1] - config.rollout_steps + 1
+    who, step = _draw(buffer, num_starts, config.batch_size, generator)
     before = (step - 1).clamp(min=0)
     x = buffer.x[who, step]
     x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.eps[who, before])
     timesteps = solver.timesteps.to(step.device)
     losses = []
     with student.shared_weights():
-        for _ in range(rollout_steps):
+        for _ in range(config.rollout_steps):
             x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
             x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
             losses.append((x - buffer.x[who, step]).square().mean())

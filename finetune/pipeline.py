@@ -62,6 +62,8 @@ class RunConfig:
             raise ValueError(f"seed must lie in 0…{MAX_SEED}, not {self.seed}")
         if not 0 <= self.score_seed <= SEED_LIMIT - self.num_images:
             raise ValueError(f"score_seed must lie in 0…2^31 - num_images, not {self.score_seed}")
+        if self.distill.rollout_steps > self.sampler.num_steps and self.distill.objective == "rollout":
+            raise ValueError(f"distill.rollout_steps must be at most sampler.num_steps, {self.sampler.num_steps}")
         if self.sampler.eta:
             raise ValueError("sampler.eta must be 0: distillation needs the teacher's exact trajectory")
 
@@ -96,11 +98,9 @@ def distill_student(config: RunConfig) -> Made:
     clock = _Stopwatch()
 
     with progress("teacher's trajectories", config.num_trajectories) as advance:
-        done = iter(range(config.batch_size, 1 << 60, config.batch_size))
         buffer = make_trajectories(
-            teacher.denoiser, solver, config.num_trajectories, config.seed, config.batch_size, device(),
-            lambda count: advance(min(next(done), config.num_trajectories)),
-        )  # fmt: skip
+            teacher.denoiser, solver, config.num_trajectories, config.seed, config.batch_size, device(), advance
+        )
     clock.lap("trajectories")
 
     torch.manual_seed(config.seed)

@@ -33,7 +33,7 @@ def make_trajectories(
     seed: int,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
-    progress: Callable[[int], None] = lambda trajectories: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Trajectories:
     """Denoise `count` noises with the teacher, and keep every step on `device`.
 
@@ -46,5 +46,5 @@ def make_trajectories(
         steps = list(denoise(teacher, solver, seeds, device))
         states.append(torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1))
         answers.append(torch.stack([step.eps for step in steps], dim=1))
-        progress(len(seeds))
+        progress(sum(map(len, states)))
     return Trajectories(torch.cat(states), torch.cat(answers))

@@ -100,6 +100,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
         (["--student.wieght_bits", "4"], "wieght_bits"),
         (["--distill.objective", "magic"], "objective must be one of per-step, rollout, not magic"),
         (["--sampler.solver", "ddim", "--sampler.eta", "1"], "eta must be 0"),
+        (["--sampler.num_steps", "4"], "distill.rollout_steps must be at most sampler.num_steps, 4"),
         (["--calibration_trajectories", "9999"], "calibration_trajectories must be at most num_trajectories"),
         (["--teacher", "nobody"], 'no model "nobody"'),
     ],
