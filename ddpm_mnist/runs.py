@@ -29,38 +29,62 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def prepare_output(path: Path) -> None:
+    """Make the folder of an output before long work starts; InputError if it cannot hold the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: no permission to write into {path.parent}")
+
+
 class RunState:
     """The resumable part of a run: `state/latest.pt` and the lines of `log.jsonl` up to it.
 
     A state belongs to one configuration. A folder whose state was made by another is refused, so that no
     run continues under settings that its earlier part did not have.
+
+    Attributes:
+        state: what was saved last, or None for a new run. The log is cut back to that moment.
+
+    Raises:
+        InputError: the folder belongs to another configuration, holds a model but no state, or cannot be read.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         self.path = folder / "state" / "latest.pt"
         self.log_path = folder / "log.jsonl"
         self.fingerprint = fingerprint
+        self.state: dict[str, Any] | None = None
+        if self.path.exists():
+            self._resume(folder)
+            return
+        if (folder / "config.json").exists() or (folder / "unet").exists():
+            raise InputError(f"{folder} holds a model but no state to go on from: choose another output folder")
+        prepare_output(self.log_path)
+        self.log_path.write_text("")
 
-    def load(self) -> dict[str, Any] | None:
-        """The last saved state, or None for a new run; the log is cut back to the moment of that state."""
-        if not self.path.exists():
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            self.log_path.write_text("")
-            return None
+    def _resume(self, folder: Path) -> None:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            theirs, log_bytes, self.state = saved["fingerprint"], saved["log_bytes"], saved["state"]
         except Exception as error:
-            raise InputError(f"{self.path} cannot be read; delete it to start anew ({error})") from error
-        for key in sorted(self.fingerprint.keys() | saved["fingerprint"].keys()):
-            then, now = saved["fingerprint"].get(key), self.fingerprint.get(key)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{self.path} cannot be read; delete {folder} to start anew ({reason})") from error
+        for key in sorted(self.fingerprint.keys() | theirs.keys()):
+            then, now = theirs.get(key), self.fingerprint.get(key)
             if then != now:
                 raise InputError(
-                    f"{self.path.parent.parent} was begun with {key} = {then}, now it is {now}: "
+                    f"{folder} was begun with {key} = {then}, now it is {now}: "
                     "choose another output folder, or delete this one"
                 )
+        if not self.log_path.exists():
+            raise InputError(f"{self.log_path} is gone; delete {folder} to start anew")
         with self.log_path.open("r+b") as log:
-            log.truncate(saved["log_bytes"])
-        return saved["state"]
+            log.truncate(log_bytes)
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep `state` (tensors, numbers, and containers of them), in one step."""

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from einops import rearrange
 from torch import Tensor
 
-from ddpm_mnist.unet import make_noise_schedule
+from ddpm_mnist.unet import make_ddim_scheduler
 
 # Seeds of images lie in 0…2^31 - 1: torch's generator uses 32 bits, and half of them belong to training.
 SEED_LIMIT = 1 << 31
@@ -32,6 +33,9 @@ class SamplerConfig:
             raise ValueError(f'solver must be "ddim" or "dpm++", not "{self.solver}"')
         if not 1 <= self.num_steps <= 1000:
             raise ValueError(f"num_steps must lie in 1…1000, not {self.num_steps}")
+        if len(np.arange(1000, 0, -1000 / self.num_steps).round()) != self.num_steps:
+            # Some numbers, 61 the first of them, miss their own count in diffusers' "trailing" spacing.
+            raise ValueError(f"num_steps {self.num_steps} cannot be spaced over 1000 timesteps; a neighbour can")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {self.eta}")
         if self.eta and self.solver != "ddim":
@@ -40,10 +44,8 @@ class SamplerConfig:
 
 def make_scheduler(config: SamplerConfig) -> DDIMScheduler | DPMSolverMultistepScheduler:
     """The diffusers scheduler that `config` names, over the teacher's noise schedule, its timesteps set."""
-    common = {"timestep_spacing": "trailing", "clip_sample": True}
-    scheduler: DDIMScheduler | DPMSolverMultistepScheduler
     if config.solver == "ddim":
-        scheduler = DDIMScheduler.from_config(make_noise_schedule().config, **common)
+        scheduler = make_ddim_scheduler()
     else:
         scheduler = DPMSolverMultistepScheduler(
             beta_schedule="linear",
@@ -72,7 +74,6 @@ class Solver:
 
     def __init__(self, config: SamplerConfig):
         scheduler = make_scheduler(config)
-        self.config = config
         self.timesteps: Tensor = scheduler.timesteps.clone()
         alphas_cumprod = scheduler.alphas_cumprod[self.timesteps]
         self._alpha, self._sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()

@@ -25,7 +25,7 @@ class TeacherConfig:
     """Run folder. A run that was interrupted goes on from its last state."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     total_updates: int = 20_000
-    """Optimiser updates. They may be raised before the learning rate begins to fall: a run then goes on."""
+    """Optimiser updates."""
     batch_size: int = 64
     """Images per update and process."""
     learning_rate: float = 2e-3
@@ -41,7 +41,7 @@ class TeacherConfig:
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, which is what is saved and sampled."""
     mixed_precision: str = "no"
-    """accelerate's: "no", "bf16" or "fp16"."""
+    """accelerate's: "no", or "bf16" for autocast to bfloat16."""
     seed: int = 0
     """Seeds the initial weights and, with the update's number, everything that an update draws."""
     log_every: int = 50
@@ -52,13 +52,19 @@ class TeacherConfig:
     """Updates between two grids of samples, `samples/<update>.png`."""
 
     def __post_init__(self) -> None:
-        for name in ("total_updates", "batch_size", "learning_rate", "log_every", "save_every", "grid_every"):
-            if getattr(self, name) <= 0:
+        positive = ("total_updates", "batch_size", "learning_rate", "max_grad_norm", "snr_gamma")
+        for name in (*positive, "log_every", "save_every", "grid_every"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must lie in [0, 1], not {self.decay_fraction}")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f'mixed_precision must be "no", "bf16" or "fp16", not "{self.mixed_precision}"')
+        for name in ("decay_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        if self.warmup_updates < 0:
+            raise ValueError(f"warmup_updates must not be negative, not {self.warmup_updates}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must lie in 0…2^32 - 1, not {self.seed}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f'mixed_precision must be "no" or "bf16", not "{self.mixed_precision}"')
 
 
 def learning_rate(config: TeacherConfig, update: int) -> float:
@@ -94,11 +100,16 @@ def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
 def train_teacher(config: TeacherConfig) -> Path:
     """Train the teacher of `config` on MNIST, or go on where its folder left off.
 
-    Writes config.yaml, log.jsonl, samples/*.png, state/, and at the end unet/ and scheduler/.
+    Writes config.yaml, log.jsonl, samples/*.png, state/, and at the end a folder of diffusers'
+    `DDIMPipeline`: model_index.json, unet/ and scheduler/.
 
     Raises:
         InputError: MNIST cannot be had, or the folder belongs to another configuration.
     """
+    fingerprint = dataclasses.asdict(config)
+    for free in ("output", "log_every", "save_every", "grid_every"):
+        del fingerprint[free]
+    run = RunState(config.output, fingerprint)
     images, _ = load_mnist("train")
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
@@ -106,12 +117,8 @@ def train_teacher(config: TeacherConfig) -> Path:
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0, betas=(0.9, 0.99), fused=True)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
-    fingerprint = dataclasses.asdict(config)
-    for free in ("output", "total_updates", "log_every", "save_every", "grid_every"):
-        del fingerprint[free]
-    run = RunState(config.output, fingerprint)
     first, seconds_before = 0, 0.0
-    if (state := run.load()) is not None:
+    if (state := run.state) is not None:
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
@@ -144,9 +151,10 @@ def train_teacher(config: TeacherConfig) -> Path:
             done = update + 1
             seconds = seconds_before + time.monotonic() - start
             last = done == config.total_updates
-            if accelerator.is_main_process and (done % config.log_every == 0 or last):
+            if done % config.log_every == 0 or last:
                 mean = torch.stack(losses).mean().item()
                 losses.clear()
+            if accelerator.is_main_process and (done % config.log_every == 0 or last):
                 run.log(update=done, loss=mean, learning_rate=learning_rate(config, update), seconds=seconds)
                 advance(done, f"loss {mean:.4f}")
             if accelerator.is_main_process and (done % config.grid_every == 0 or last):

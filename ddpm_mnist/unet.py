@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -17,14 +17,21 @@ class UNetConfig:
     norm_num_groups: int = 8
     """Groups of every GroupNorm; divides every entry of `block_out_channels`."""
     attention_head_dim: int = 16
-    """Channels per attention head. Attention sits at the lowest resolution (7×7) only."""
+    """Channels per attention head; divides the last of `block_out_channels`. Attention sits there only, at 7×7."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.block_out_channels) <= 3:
             raise ValueError("block_out_channels needs 1 to 3 entries: 28×28 can be halved twice")
+        for name in ("layers_per_block", "norm_num_groups", "attention_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
+            if channels < 1 or channels % self.norm_num_groups:
                 raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {channels} channels")
+        if self.block_out_channels[-1] % self.attention_head_dim:
+            raise ValueError(
+                f"attention_head_dim {self.attention_head_dim} does not divide {self.block_out_channels[-1]} channels"
+            )
 
 
 def make_unet(config: UNetConfig) -> UNet2DModel:
@@ -48,10 +55,14 @@ def make_noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
 
 
+def make_ddim_scheduler() -> DDIMScheduler:
+    """DDIM over that forward process, its steps spaced from the last timestep down ("trailing"), x0 clipped."""
+    return DDIMScheduler.from_config(make_noise_schedule().config, timestep_spacing="trailing", clip_sample=True)
+
+
 def save_teacher(unet: UNet2DModel, folder: Path) -> None:
-    """Write `folder/unet` and `folder/scheduler`: the layout of diffusers' pipelines."""
-    unet.save_pretrained(folder / "unet")
-    DDIMScheduler.from_config(make_noise_schedule().config).save_pretrained(folder / "scheduler")
+    """Write a folder for `DDIMPipeline.from_pretrained`: model_index.json, unet/ and scheduler/."""
+    DDIMPipeline(unet=unet, scheduler=make_ddim_scheduler()).save_pretrained(folder)
 
 
 def load_teacher(folder: Path = PRETRAINED) -> UNet2DModel:

@@ -79,9 +79,9 @@ def load_reference() -> dict[str, Tensor]:
 
 
 @cache
-def features_digest() -> str:
+def features_digest(folder: Path = PRETRAINED) -> str:
     """The first 12 digits of the SHA-256 of the feature network's file: scores compare only where it is equal."""
-    return hashlib.sha256((PRETRAINED / "features.safetensors").read_bytes()).hexdigest()[:12]
+    return hashlib.sha256((folder / "features.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def reference_statistics(features: Tensor) -> dict[str, Tensor]:

@@ -10,16 +10,18 @@ from rich.table import Table
 from torch import Tensor
 
 from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import write_json
+from ddpm_mnist.runs import prepare_output, write_json
 from eval.metrics import Score, measure
 from eval.models import Model, load_model
-from eval.sample import DrawConfig, draw, prepare_output
+from eval.sample import DrawConfig, draw
 
 
 @dataclass
 class FidConfig(DrawConfig):
     num_images: int = 10_000
     """Images to score; compare only scores of equal counts."""
+    teacher: str = "teacher"
+    """The model whose images of the same noise `mse_to_teacher` and `fid_to_teacher` compare with."""
     output: Path = Path("fid.json")
     """JSON object with the fields of `Score`."""
 
@@ -62,14 +64,14 @@ def print_scores(scores: list[Score]) -> None:
 
 
 def print_fid(config: FidConfig) -> Score:
-    """Score a model against MNIST and against the released teacher's images from the same noise.
+    """Score a model against MNIST and against its teacher's images from the same noise.
 
     Prints a table and writes one JSON object. Needs no data: the reference statistics are shipped.
     """
+    model, teacher = load_model(config.model), load_model(config.teacher)
     prepare_output(config.output)
-    model, teacher = load_model(config.model), load_model("teacher")
     images, seconds = draw(model, config)
-    teacher_images = images if config.model == "teacher" else draw(teacher, config)[0]
+    teacher_images = images if config.model == config.teacher else draw(teacher, config)[0]
     score = score_images(model, images, seconds, teacher_images, config)
     print_scores([score])
     write_json(config.output, dataclasses.asdict(score))

@@ -5,13 +5,15 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import write_bytes
+from ddpm_mnist.runs import prepare_output, write_bytes
 from ddpm_mnist.sampler import SamplerConfig
-from eval.metrics import measure
+from eval.features import extract, load_features, load_reference
+from eval.metrics import fid_to_reference
 from eval.models import Model, load_model
 from eval.plots import image_grid, to_png
-from eval.sample import DrawConfig, draw, prepare_output
+from eval.sample import DrawConfig, draw
 
 
 @dataclass
@@ -39,15 +41,32 @@ class GridConfig(SamplerConfig):
             raise ValueError(f"num_images must be 0 or at least 2, not {self.num_images}")
         if self.output.suffix != ".png":
             raise ValueError(f"output must end in .png, not {self.output}")
+        self.drawing  # noqa: B018 (validates the seed)
+
+    @property
+    def drawing(self) -> DrawConfig:
+        """What each model is asked to draw."""
+        count = max(self.columns, self.num_images)
+        return DrawConfig(self.solver, self.num_steps, self.eta, num_images=count, seed=self.seed)
 
 
-def recorded_fid(model: Model) -> str:
-    """The FID that the model's folder records, with its sample count, or nothing."""
+def recorded_fid(model: Model, drawing: DrawConfig) -> str:
+    """The FID, with its sample count, that the model's folder records for this sampler; nothing if there is none."""
     path = (model.folder or Path()) / "metrics.json"
     if not path.is_file():
         return ""
-    score = json.loads(path.read_text())[-1]
-    return f"FID {score['fid']:.2f} ({score['num_images']:,})"
+    try:
+        scores = json.loads(path.read_text())
+        score = scores[-1] if isinstance(scores, list) else scores
+        recorded = score["solver"], score["num_steps"], score["eta"]
+        label = fid_label(score["fid"], score["num_images"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{path} holds no scores: {error}") from error
+    return label if recorded == (drawing.solver, drawing.num_steps, drawing.eta) else ""
+
+
+def fid_label(fid: float, num_images: int) -> str:
+    return f"FID {fid:.2f} ({num_images:,})"
 
 
 def row_label(model: Model, fid: str) -> str:
@@ -57,15 +76,16 @@ def row_label(model: Model, fid: str) -> str:
 
 def draw_models(config: GridConfig) -> Path:
     """Draw one labelled row per model (name, bits, FID), the same noise in each column."""
+    models = [load_model(argument) for argument in config.models]
     prepare_output(config.output)
     rows = []
-    for model in [load_model(argument) for argument in config.models]:
-        count = max(config.columns, config.num_images)
-        drawing = DrawConfig(config.solver, config.num_steps, config.eta, num_images=count, seed=config.seed)
-        images, _ = draw(model, drawing)
-        fid = recorded_fid(model)
+    for model in models:
+        images, _ = draw(model, config.drawing)
         if config.num_images:
-            fid = f"FID {measure(images, images)['fid']:.2f} ({config.num_images:,})"
+            features, _ = extract(load_features(), images[: config.num_images])
+            fid = fid_label(fid_to_reference(features, load_reference()), config.num_images)
+        else:
+            fid = recorded_fid(model, config.drawing)
         rows.append((row_label(model, fid), images[: config.columns]))
     write_bytes(config.output, to_png(image_grid(rows)))
     print(f"{len(rows)} rows in {config.output}")

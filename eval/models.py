@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import UNet2DModel
+from diffusers.utils import logging
 from safetensors import SafetensorError
-from torch import nn
 
 from ddpm_mnist import InputError
 from ddpm_mnist.unet import PRETRAINED
@@ -23,7 +23,7 @@ class Model:
     """A denoiser with its name and bits."""
 
     name: str
-    denoiser: nn.Module
+    denoiser: Any
     """`eps = denoiser(x_t, t).sample`"""
     weight_bits: int = 32
     """32 for full precision; for a student the bits of its inner layers."""
@@ -54,16 +54,34 @@ def load_model(argument: str) -> Model:
         raise InputError(f'no model "{argument}": neither released ({names}) nor a folder with a config.json')
     try:
         config = json.loads((place / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("config.json is no JSON object")
         if "quantization" in config:
             student = QuantizedUNet.from_pretrained(place)
             bits = student.quant_config
             model = Model(argument, student, bits.weight_bits, bits.act_bits, folder)
         else:
-            model = Model(argument, UNet2DModel.from_pretrained(place).eval(), folder=folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f'model "{argument}" cannot be loaded from {place}: {str(error).splitlines()[0]}') from error
-    shape: Any = model.denoiser.config
-    if (shape.in_channels, shape.sample_size) != (1, 28):
-        raise InputError(f'model "{argument}" draws {shape.in_channels}×{shape.sample_size}², not 1×28² images')
+            model = Model(argument, _load_unet(place), folder=folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
+    options = model.denoiser.config
+    if (options.in_channels, options.out_channels, options.sample_size) != (1, 1, 28):
+        shape = f"{options.in_channels} → {options.out_channels} channels of {options.sample_size} pixels"
+        raise InputError(f'model "{argument}" denoises {shape}, not 1 → 1 channels of 28 pixels')
     model.denoiser.requires_grad_(False).to(device())
     return model
+
+
+def _load_unet(place: Path) -> UNet2DModel:
+    """A UNet of diffusers; its library logs what it finds wrong and loads it all the same."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        unet, found = UNet2DModel.from_pretrained(place, use_safetensors=True, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    if found["missing_keys"] or found["unexpected_keys"]:
+        names = [*found["missing_keys"], *found["unexpected_keys"]]
+        raise ValueError(f"its weights do not fit its config: {names[0]} and {len(names) - 1} more")
+    return unet.eval()

@@ -10,8 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.utils import save_image
 
-from ddpm_mnist import InputError
-from ddpm_mnist.runs import progress, write_bytes
+from ddpm_mnist.runs import prepare_output, progress, write_bytes
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, device, load_model
 
@@ -55,20 +54,11 @@ def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     return images, time.monotonic() - start
 
 
-def prepare_output(path: Path) -> None:
-    """Make the folder of an output before long work starts; InputError if it cannot hold the file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
-
-
 def write_samples(config: SampleConfig) -> Path:
     """Draw images with a model, as an array (.npy) or a picture (.png)."""
+    model = load_model(config.model)
     prepare_output(config.output)
-    images, _ = draw(load_model(config.model), config)
+    images, _ = draw(model, config)
     content = io.BytesIO()
     if config.output.suffix == ".npy":
         np.save(content, images.numpy())

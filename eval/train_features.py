@@ -12,8 +12,8 @@ from torchvision.transforms import v2
 
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_mnist
-from ddpm_mnist.runs import write_json
-from eval.features import FeatureNetwork, extract, reference_statistics
+from ddpm_mnist.runs import prepare_output, write_json
+from eval.features import FeatureNetwork, extract, features_digest, reference_statistics
 from eval.metrics import fid_to_reference, kid
 
 
@@ -31,6 +31,8 @@ class FeaturesConfig:
     """Seeds the initial weights, the order of the images and their augmentation."""
 
     def __post_init__(self) -> None:
+        if self.batch_size > 60_000:
+            raise ValueError(f"batch_size must be at most 60000, not {self.batch_size}")
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -42,6 +44,7 @@ def train_features(config: FeaturesConfig) -> Path:
     Raises:
         InputError: MNIST cannot be had.
     """
+    prepare_output(config.output / "features.json")
     images, labels = load_mnist("train")
     start = time.monotonic()
     torch.manual_seed(config.seed)
@@ -64,9 +67,9 @@ def train_features(config: FeaturesConfig) -> Path:
     network.eval()
     network.standardise(extract(network, images)[0])
     reference = reference_statistics(extract(network, images)[0])
-    config.output.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), config.output / "features.safetensors")
-    save_file(reference, config.output / "reference.safetensors")
+    digest = features_digest(config.output)
+    save_file(reference, config.output / "reference.safetensors", metadata={"features": digest})
     save_config(config, config.output / "config.yaml")
     record = {**describe(network, reference), "seconds": round(time.monotonic() - start)}
     write_json(config.output / "features.json", record)

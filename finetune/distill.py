@@ -50,6 +50,8 @@ class DistillConfig:
         for name in ("lr_adapters", "lr_weight_scales", "lr_act_scales", "lr_zero_points", "warmup_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.lr_adapters + self.lr_weight_scales + self.lr_act_scales + self.lr_zero_points == 0:
+            raise ValueError("lr_adapters, lr_weight_scales, lr_act_scales and lr_zero_points must not all be 0")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, not {self.max_grad_norm}")
 
@@ -155,7 +157,7 @@ def distill(
     optimizer = torch.optim.Adam(groups, lr=0.0, fused=True)
     learned = [parameter for group in groups for parameter in group["params"]]
     first, seconds_before = 0, 0.0
-    if (state := run.load()) is not None:
+    if (state := run.state) is not None:
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds_before = state["update"], state["seconds"]

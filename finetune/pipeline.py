@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from ddpm_mnist.command import save_config
 from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_json
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler
 from eval.fid import print_scores, score_images
-from eval.grid import row_label
+from eval.grid import fid_label, row_label
 from eval.models import Model, device, load_model
 from eval.plots import image_grid, loss_curve, step_sizes, to_png
 from eval.report import write_report
@@ -91,29 +92,28 @@ def distill_student(config: RunConfig) -> Made:
     teacher = load_model(config.teacher)
     if teacher.weight_bits != 32:
         raise InputError(f'the teacher must be of full precision, "{config.teacher}" is {teacher.bits}')
-    run = RunState(config.output, _fingerprint(config))
-    run.load()  # refuses another configuration's folder before any work is done
+    run = RunState(config.output, _fingerprint(config, teacher))
     save_config(config, config.output / "config.yaml")
     solver = Solver(config.sampler)
-    clock = _Stopwatch()
+    stopwatch = _Stopwatch()
 
     with progress("teacher's trajectories", config.num_trajectories) as advance:
         buffer = make_trajectories(
             teacher.denoiser, solver, config.num_trajectories, config.seed, config.batch_size, device(), advance
         )
-    clock.lap("trajectories")
+    stopwatch.lap("trajectories")
 
     torch.manual_seed(config.seed)
     ptq = quantize(teacher.denoiser, config.student, solver.timesteps.tolist()).to(device())
     calibrate(ptq, calibration_states(buffer, solver, config.calibration_trajectories))
-    clock.lap("calibration")
+    stopwatch.lap("calibration")
 
     student = copy.deepcopy(ptq)
     distill(student, solver, buffer, config.distill, run, config.seed)
-    clock.lap("distillation")
+    stopwatch.lap("distillation")
     student.requires_grad_(False).save_pretrained(config.output)
     make_scheduler(config.sampler).save_pretrained(config.output / "scheduler")
-    return Made(teacher, ptq.requires_grad_(False), student, clock.seconds)
+    return Made(teacher, ptq.requires_grad_(False), student, stopwatch.seconds)
 
 
 def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict[int, torch.Tensor]:
@@ -148,11 +148,11 @@ def run(config: RunConfig) -> Path:
     scores, rows = [], []
     for model, (images, seconds) in zip(models, drawn, strict=True):
         scores.append(score_images(model, images, seconds, teacher_images, drawing))
-        label = row_label(model, f"FID {scores[-1].fid:.2f} ({config.num_images:,})")
+        label = row_label(model, fid_label(scores[-1].fid, config.num_images))
         rows.append((label, images[: config.grid_columns]))
     write_json(config.output / "metrics.json", [dataclasses.asdict(score) for score in scores])
 
-    layers = summarise(made.student)
+    layers = summarise(made.student, (1, 28, 28))
     log = read_log(config.output / "log.jsonl")
     names, quantizers = zip(*((name, layer.act_quantizer) for name, layer in made.student.layers()), strict=True)
     figures = {
@@ -180,14 +180,17 @@ def run(config: RunConfig) -> Path:
     return config.output
 
 
-def _fingerprint(config: RunConfig) -> dict:
-    """The part of the configuration that decides the student."""
+def _fingerprint(config: RunConfig, teacher: Model) -> dict:
+    """What decides the student: its part of the configuration, and the teacher's very weights."""
     fields = dataclasses.asdict(config)
-    for free in ("output", "num_images", "score_seed", "batch_size", "grid_columns"):
+    for free in ("output", "teacher", "num_images", "score_seed", "grid_columns"):
         del fields[free]
     for free in ("log_every", "save_every"):
         del fields["distill"][free]
-    return fields
+    weights = hashlib.sha256()
+    for tensor in teacher.denoiser.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    return {**fields, "teacher's weights": weights.hexdigest()[:12]}
 
 
 def _facts(config: RunConfig, seconds: dict[str, float], distillation: float) -> list[str]:

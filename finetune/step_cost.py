@@ -71,7 +71,7 @@ def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
         return updater(learned, lambda: objective(student, solver, buffer, options, generator))
 
     batch, teacher = config.batch_size, list(unet.parameters())
-    kinds = {
+    kinds = {  # each kind of distillation after the teacher's update that it is compared with
         f"teacher, batch {batch}": updater(teacher, lambda: teacher_loss(batch)),
         f"per-step distillation, batch {batch}": student_updater(DistillConfig("per-step", batch_size=batch)),
         "teacher, batch 80": updater(teacher, lambda: teacher_loss(80)),

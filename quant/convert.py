@@ -14,6 +14,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from quant.quantizers import Clock
@@ -89,8 +90,9 @@ class QuantizedUNet(nn.Module):
             for layer in layers:
                 layer.shared_weight = None
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into `folder`."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         unet = {key: value for key, value in self.config.items() if not key.startswith("_")}
         config = {
@@ -106,8 +108,9 @@ class QuantizedUNet(nn.Module):
         beside.replace(folder / "config.json")
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "QuantizedUNet":
+    def from_pretrained(cls, folder: str | Path) -> "QuantizedUNet":
         """Read what `save_pretrained` wrote, in evaluation mode; nothing else is needed."""
+        folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
         unet = UNet2DModel.from_config(config["unet"])
         model = _convert(unet, QuantConfig(**config["quantization"]), config["timesteps"])
@@ -150,10 +153,12 @@ def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
     for name, module in list(unet.named_modules()):
         layer = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}.get(type(module))
         if layer is None:
+            if isinstance(module, _ConvNd | nn.Linear | nn.Bilinear):
+                raise ValueError(f"{name}: a {type(module).__name__} cannot be quantized")
             continue
         bits = (config.edge_bits,) * 2 if module in edges else (config.weight_bits, config.act_bits)
         unet.set_submodule(name, layer(module, *bits, config.rank, clock))
-    return QuantizedUNet(unet, config, clock)
+    return QuantizedUNet(unet, config, clock).to(unet.device)
 
 
 def _fuse_projections(name: str, attention: Attention) -> None:

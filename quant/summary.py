@@ -31,18 +31,16 @@ class LayerSummary:
 
 
 @torch.no_grad()
-def summarise(model: QuantizedUNet) -> list[LayerSummary]:
-    """Every layer that multiplies, in the order of execution, from one forward pass of one image."""
+def summarise(model: QuantizedUNet, shape: tuple[int, int, int]) -> list[LayerSummary]:
+    """Every layer that multiplies, in the order of execution, from one forward pass of an image of `shape` (C, H, W)."""
     rows: list[LayerSummary] = []
     hooks = [
         module.register_forward_hook(partial(_summarise_layer, rows, name))
         for name, module in model.unet.named_modules()
         if isinstance(module, QuantLayer | Attention)
     ]
-    config = model.config
     try:
-        x = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, device=model.device)
-        model(x, model.clock.timesteps[0])
+        model(torch.zeros(1, *shape, device=model.device), model.clock.timesteps[0])
     finally:
         for hook in hooks:
             hook.remove()

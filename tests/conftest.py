@@ -1,3 +1,7 @@
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: what is equal bit for bit is so on the CPU
+
 import pytest
 import torch
 

@@ -94,6 +94,16 @@ def test_trailing_timesteps():
     assert solver.timesteps.tolist() == list(range(999, 0, -50))
 
 
+def test_every_number_of_steps_that_is_accepted_can_be_sampled():
+    for num_steps in range(1, 130):
+        try:
+            solver = Solver(SamplerConfig("ddim", num_steps))
+        except ValueError:
+            continue
+        assert len(solver.timesteps) == num_steps
+        assert solver.timesteps.min() >= 0
+
+
 def test_batches_cover_the_seeds_once():
     assert [list(b) for b in batches(3, 5, 2)] == [[3, 4], [5, 6], [7]]
 
@@ -113,6 +123,7 @@ def test_uint8_ends():
     [
         ({"solver": "euler"}, 'solver must be "ddim" or "dpm\\+\\+", not "euler"'),
         ({"num_steps": 0}, "num_steps must lie in 1…1000, not 0"),
+        ({"num_steps": 61}, "num_steps 61 cannot be spaced"),
         ({"solver": "ddim", "eta": 1.5}, "eta must lie in"),
         ({"eta": 0.5}, "eta is DDIM's"),
     ],

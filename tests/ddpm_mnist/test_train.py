@@ -113,7 +113,7 @@ def test_a_batch_depends_on_seed_update_and_process():
     [
         ({"total_updates": 0}, "total_updates must be positive, not 0"),
         ({"decay_fraction": 2}, "decay_fraction must lie in"),
-        ({"mixed_precision": "int4"}, 'mixed_precision must be "no", "bf16" or "fp16", not "int4"'),
+        ({"mixed_precision": "int4"}, 'mixed_precision must be "no" or "bf16", not "int4"'),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from safetensors import safe_open
 
-from eval.features import KID_REFERENCE_IMAGES, extract, load_features, load_reference, reference_statistics
+from eval.features import (
+    KID_REFERENCE_IMAGES,
+    PRETRAINED,
+    extract,
+    features_digest,
+    load_features,
+    load_reference,
+    reference_statistics,
+)
 from eval.metrics import fid_between, fid_to_reference, inception_score, kid, measure
 
 
@@ -65,6 +74,8 @@ def test_scores_do_not_depend_on_the_callers_random_state():
 
 
 def test_the_shipped_reference_belongs_to_the_shipped_network():
+    with safe_open(PRETRAINED / "reference.safetensors", "pt") as file:
+        assert file.metadata() == {"features": features_digest()}
     reference = load_reference()
     assert reference["count"] == 60_000
     mean = reference["sum"] / reference["count"]

@@ -72,13 +72,20 @@ def test_adapters_learn_in_proportion_to_their_layers_mean_weight_step_size(stud
     assert max(rates) > 1.5 * min(rates)
 
 
+def test_the_first_update_moves_b_by_its_layers_learning_rate(student, solver, buffer, tmp_path):
+    """Adam's first update is its learning rate, whatever the gradient: what eq. 8 asks for, seen in the weights."""
+    config = DistillConfig("per-step", num_updates=1, warmup_updates=0, lr_adapters=0.5)
+    rates = {g["name"]: g["peak_lr"] for g in parameter_groups(student, config)}
+    distill(student, solver, buffer, config, RunState(tmp_path, {}), seed=0)
+    for name, layer in student.layers():
+        assert layer.lora_b.abs().max().item() == pytest.approx(rates[f"{name}.lora"], rel=1e-2)
+
+
 @pytest.mark.parametrize("objective", ["per-step", "rollout"])
 def test_what_is_learned_changes_and_nothing_else_does(student, solver, buffer, tmp_path, objective):
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     config = DistillConfig(objective, num_updates=10, batch_size=24, rollout_steps=3, warmup_updates=1)
-    run = RunState(tmp_path, {})
-    run.load()
-    distill(student, solver, buffer, config, run, seed=0)
+    distill(student, solver, buffer, config, RunState(tmp_path, {}), seed=0)
     learned = (
         "lora_a",
         "lora_b",
@@ -108,9 +115,8 @@ def test_distillation_lowers_the_loss(student, solver, buffer, tmp_path, objecti
             probe = DistillConfig(objective, batch_size=256, rollout_steps=3)
             return OBJECTIVES[objective](student, solver, buffer, probe, update_generator(9, 0)).item()
 
-    start, run = loss(), RunState(tmp_path, {})
-    run.load()
-    distill(student, solver, buffer, config, run, seed=0)
+    start = loss()
+    distill(student, solver, buffer, config, RunState(tmp_path, {}), seed=0)
     assert loss() < 0.9 * start
 
 
@@ -118,9 +124,7 @@ def test_a_step_size_stays_positive(student, solver, buffer, tmp_path):
     config = DistillConfig(
         "per-step", num_updates=8, batch_size=4, lr_weight_scales=3.0, lr_act_scales=3.0, warmup_updates=0
     )
-    run = RunState(tmp_path, {})
-    run.load()
-    distill(student, solver, buffer, config, run, seed=0)
+    distill(student, solver, buffer, config, RunState(tmp_path, {}), seed=0)
     for _, layer in student.layers():
         assert (layer.weight_quantizer.scale > 0).all()
         assert (layer.act_quantizer.scale > 0).all()

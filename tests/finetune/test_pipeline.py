@@ -83,12 +83,14 @@ def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path):
+def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path, capsys):
     arguments = ["--config", str(config_path)]
     run_command("prog", run, RunConfig, arguments)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as caught:
         run_command("prog", run, RunConfig, [*arguments, "--student.act_bits", "8"])
+    assert caught.value.code == 2
+    assert "was begun with student = " in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
@@ -98,6 +100,20 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
         (["--student.weight_bits", "1"], "weight_bits must lie in 2…8, not 1"),
         (["--student.act_bits", "40"], "act_bits must lie in 2…8, not 40"),
         (["--student.wieght_bits", "4"], "wieght_bits"),
+        (
+            [
+                "--distill.lr_adapters",
+                "0",
+                "--distill.lr_weight_scales",
+                "0",
+                "--distill.lr_act_scales",
+                "0",
+                "--distill.lr_zero_points",
+                "0",
+            ],
+            "must not all be 0",
+        ),
+        (["--output", "pyproject.toml/x"], "cannot write pyproject.toml/x/log.jsonl: Not a directory"),
         (["--distill.objective", "magic"], "objective must be one of per-step, rollout, not magic"),
         (["--sampler.solver", "ddim", "--sampler.eta", "1"], "eta must be 0"),
         (["--sampler.num_steps", "4"], "distill.rollout_steps must be at most sampler.num_steps, 4"),
@@ -113,6 +129,30 @@ def test_wrong_input_gets_one_line_before_anything_starts(arguments, message, tm
     assert err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_weights_is_another_run(config_path, tmp_path, unet, capsys):
+    arguments = ["--config", str(config_path)]
+    run_command("prog", run, RunConfig, arguments)
+    unet.conv_in.weight.mul_(1.01)
+    save_teacher(unet, tmp_path / "teacher")
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", run, RunConfig, arguments)
+    assert caught.value.code == 2
+    assert "was begun with teacher's weights = " in capsys.readouterr().err
+
+
+def test_a_damaged_state_gets_one_line(config_path, tmp_path, capsys):
+    arguments = ["--config", str(config_path)]
+    run_command("prog", run, RunConfig, arguments)
+    capsys.readouterr()
+    (tmp_path / "run" / "state" / "latest.pt").write_bytes(b"PK")
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", run, RunConfig, arguments)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert "latest.pt cannot be read" in err
+    assert err.count("\n") == 1
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
