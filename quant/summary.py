@@ -32,7 +32,7 @@ class LayerSummary:
 
 @torch.no_grad()
 def summarise(model: QuantizedUNet, shape: tuple[int, int, int]) -> list[LayerSummary]:
-    """Every layer that multiplies, in the order of execution, from one forward pass of an image of `shape` (C, H, W)."""
+    """Every layer that multiplies, in the order of execution, from a forward pass of an image of `shape` (C, H, W)."""
     rows: list[LayerSummary] = []
     hooks = [
         module.register_forward_hook(partial(_summarise_layer, rows, name))
