@@ -37,6 +37,7 @@ def score_images(model: Model, images: Tensor, seconds: float, teacher_images: T
         model=model.name,
         weight_bits=model.weight_bits,
         act_bits=model.act_bits,
+        runtime=model.runtime,
         num_images=len(images),
         num_steps=config.num_steps,
         solver=config.solver,
@@ -52,12 +53,12 @@ def print_scores(scores: list[Score]) -> None:
     first = scores[0]
     table = Table(title=f"{first.num_images:,} images, {first.solver} in {first.num_steps} steps, seed {first.seed}")
     table.add_column("model")
-    for heading in ("bits", "FID ↓", "KID ↓", "IS ↑", "MSE to teacher ↓", "FID to teacher ↓", "seconds"):
+    for heading in ("bits", "runtime", "FID ↓", "KID ↓", "IS ↑", "MSE to teacher ↓", "FID to teacher ↓", "seconds"):
         table.add_column(heading, justify="right")
     for score in scores:
         bits = "32" if score.weight_bits == 32 else f"W{score.weight_bits}A{score.act_bits}"
         table.add_row(
-            score.model, bits, f"{score.fid:.2f}", f"{score.kid:.4f}", f"{score.inception_score:.2f}",
+            score.model, bits, score.runtime, f"{score.fid:.2f}", f"{score.kid:.4f}", f"{score.inception_score:.2f}",
             f"{score.mse_to_teacher:.4f}", f"{score.fid_to_teacher:.2f}", f"{score.seconds:.0f}",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 110).print(table)
@@ -68,7 +69,7 @@ def print_fid(config: FidConfig) -> Score:
 
     Prints a table and writes one JSON object. Needs no data: the reference statistics are shipped.
     """
-    model, teacher = load_model(config.model), load_model(config.teacher)
+    model, teacher = (load_model(name, config.runtime) for name in (config.model, config.teacher))
     prepare_output(config.output)
     images, seconds = draw(model, config)
     teacher_images = images if config.model == config.teacher else draw(teacher, config)[0]

@@ -28,6 +28,8 @@ class GridConfig(SamplerConfig):
     """Column i starts from the noise of seed + i."""
     num_images: int = 0
     """Images to measure each row's FID on; 0: show the FID that the model's folder records, if it does."""
+    runtime: str = "integer"
+    """How a student runs: "integer", or "simulated" in float."""
     output: Path = Path("grid.png")
     """The picture."""
 
@@ -41,13 +43,13 @@ class GridConfig(SamplerConfig):
             raise ValueError(f"num_images must be 0 or at least 2, not {self.num_images}")
         if self.output.suffix != ".png":
             raise ValueError(f"output must end in .png, not {self.output}")
-        self.drawing  # noqa: B018 (validates the seed)
+        self.drawing  # noqa: B018 (validates seed and runtime)
 
     @property
     def drawing(self) -> DrawConfig:
         """What each model is asked to draw."""
         count = max(self.columns, self.num_images)
-        return DrawConfig(self.solver, self.num_steps, self.eta, num_images=count, seed=self.seed)
+        return DrawConfig(self.solver, self.num_steps, self.eta, num_images=count, seed=self.seed, runtime=self.runtime)
 
 
 def recorded_fid(model: Model, drawing: DrawConfig) -> str:
@@ -76,7 +78,7 @@ def row_label(model: Model, fid: str) -> str:
 
 def draw_models(config: GridConfig) -> Path:
     """Draw one labelled row per model (name, bits, FID), the same noise in each column."""
-    models = [load_model(argument) for argument in config.models]
+    models = [load_model(argument, config.runtime) for argument in config.models]
     prepare_output(config.output)
     rows = []
     for model in models:

@@ -77,6 +77,8 @@ class Score:
     weight_bits: int
     """32 for a model in full precision."""
     act_bits: int
+    runtime: str
+    """"float" for a model in full precision; a student runs "integer" or "simulated"."""
     fid: float
     """FID against MNIST's 60,000 training images. Its bias depends on `num_images`: compare equal counts only."""
     kid: float

@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 
 from ddpm_mnist import InputError
 from ddpm_mnist.unet import PRETRAINED
-from quant import QuantizedUNet
+from quant import IntegerUNet, QuantizedUNet, to_integer
 
 RELEASED = {"teacher": PRETRAINED}
+# How a student runs: on the CPU's integers, or simulated in float, on the accelerator if there is one.
+RUNTIMES = ("integer", "simulated")
 
 
 @dataclass
@@ -35,14 +37,34 @@ class Model:
         """ "W4A4", or "full precision"."""
         return "full precision" if self.weight_bits == 32 else f"W{self.weight_bits}A{self.act_bits}"
 
+    @property
+    def runtime(self) -> str:
+        """ "float", or one of `RUNTIMES`."""
+        if isinstance(self.denoiser, IntegerUNet):
+            return "integer"
+        return "simulated" if isinstance(self.denoiser, QuantizedUNet) else "float"
+
 
 def device() -> torch.device:
     """The accelerator, if there is one."""
     return PartialState().device
 
 
-def load_model(argument: str) -> Model:
+def check_runtime(runtime: str) -> None:
+    if runtime not in RUNTIMES:
+        raise ValueError(f'runtime must be {" or ".join(RUNTIMES)}, not "{runtime}"')
+
+
+def runnable(student: QuantizedUNet, runtime: str) -> IntegerUNet | QuantizedUNet:
+    """The frozen `student` as `runtime`, one of `RUNTIMES`, runs it."""
+    return to_integer(student) if runtime == "integer" else student.to(device())
+
+
+def load_model(argument: str, runtime: str = "simulated") -> Model:
     """Load a released model by its name, a run folder, or a folder of diffusers (a pipeline's or a UNet's).
+
+    Args:
+        runtime: for a student, one of `RUNTIMES`.
 
     Raises:
         InputError: there is no such model, or its files are broken or of another shape than (N, 1, 28, 28).
@@ -59,9 +81,9 @@ def load_model(argument: str) -> Model:
         if "quantization" in config:
             student = QuantizedUNet.from_pretrained(place)
             bits = student.quant_config
-            model = Model(argument, student, bits.weight_bits, bits.act_bits, folder)
+            model = Model(argument, runnable(student, runtime), bits.weight_bits, bits.act_bits, folder)
         else:
-            model = Model(argument, _load_unet(place), folder=folder)
+            model = Model(argument, _load_unet(place).requires_grad_(False).to(device()), folder=folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
@@ -69,7 +91,6 @@ def load_model(argument: str) -> Model:
     if (options.in_channels, options.out_channels, options.sample_size) != (1, 1, 28):
         shape = f"{options.in_channels} → {options.out_channels} channels of {options.sample_size} pixels"
         raise InputError(f'model "{argument}" denoises {shape}, not 1 → 1 channels of 28 pixels')
-    model.denoiser.requires_grad_(False).to(device())
     return model
 
 

@@ -12,7 +12,7 @@ from torchvision.utils import save_image
 
 from ddpm_mnist.runs import prepare_output, progress, write_bytes
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
-from eval.models import Model, device, load_model
+from eval.models import Model, check_runtime, load_model
 
 
 @dataclass
@@ -25,12 +25,15 @@ class DrawConfig(SamplerConfig):
     """Image i starts from the noise of seed + i."""
     batch_size: int = 64
     """Images that are denoised at once; decides the speed, not the images."""
+    runtime: str = "integer"
+    """How a student runs: "integer", or "simulated" in float."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_runtime(self.runtime)
         if not 0 <= self.seed <= SEED_LIMIT - self.num_images:
             raise ValueError(f"seed must lie in 0…2^31 - num_images, not {self.seed}")
 
@@ -48,15 +51,15 @@ class SampleConfig(DrawConfig):
 
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     """The model's images uint8 (num_images, 28, 28) as `config` says, and the seconds that they took."""
-    start = time.monotonic()
+    start, device = time.monotonic(), model.denoiser.device
     with progress(f"sampling {model.name}", config.num_images) as advance:
-        images = sample(model.denoiser, config, config.num_images, config.seed, config.batch_size, device(), advance)
+        images = sample(model.denoiser, config, config.num_images, config.seed, config.batch_size, device, advance)
     return images, time.monotonic() - start
 
 
 def write_samples(config: SampleConfig) -> Path:
     """Draw images with a model, as an array (.npy) or a picture (.png)."""
-    model = load_model(config.model)
+    model = load_model(config.model, config.runtime)
     prepare_output(config.output)
     images, _ = draw(model, config)
     content = io.BytesIO()

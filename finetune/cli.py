@@ -25,6 +25,8 @@ COMMANDS = {
     "sample": Command("eval.sample", "write_samples", "SampleConfig", "Draw images with a model"),
     "fid": Command("eval.fid", "print_fid", "FidConfig", "Score a model: FID, KID, Inception score and more"),
     "grid": Command("eval.grid", "draw_models", "GridConfig", "Draw a row of images per model, from the same noise"),
+    "export": Command("eval.export", "export", "ExportConfig", "Write a student in its real bits, or a model as ONNX"),
+    "bench": Command("eval.bench", "benchmark", "BenchConfig", "Time every runtime side by side"),
     "teacher": Command("ddpm_mnist.train", "train_teacher", "TeacherConfig", "Train the teacher (needs MNIST)"),
     "features": Command(
         "eval.train_features", "train_features", "FeaturesConfig", "Train the scores' feature network (needs MNIST)"

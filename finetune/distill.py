@@ -24,6 +24,8 @@ class DistillConfig:
     """Trajectories ("rollout") or states ("per-step") per update."""
     rollout_steps: int = 5
     """K, the student's steps per rollout, at most the sampler's."""
+    weighting: str = "sensitivity"
+    """What each step's error counts in a rollout: "sensitivity", as it costs the image; "uniform", the same."""
     lr_adapters: float = 0.1
     """Learning rate of A and B as a factor of the layer's mean weight step size (scale-aware, eq. 8)."""
     lr_weight_scales: float = 1e-3
@@ -44,6 +46,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective}")
+        if self.weighting not in ("sensitivity", "uniform"):
+            raise ValueError(f"weighting must be sensitivity or uniform, not {self.weighting}")
         for name in ("num_updates", "batch_size", "rollout_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -76,7 +80,7 @@ def rollout_loss(
     config: DistillConfig,
     generator: torch.Generator,
 ) -> Tensor:
-    """Σ_k ‖x̂_{t−k} − x_{t−k}‖² / K along K student steps from a state of the teacher's trajectory.
+    """Σ_k w_k ‖x̂_k − x_k‖² / K along K student steps from a state of the teacher's trajectory, w the buffer's weights.
 
     Each sample of the batch starts at a step of its own. A solver with memory (DPM-Solver++) starts from the
     teacher's x0 of the step before, and hands on the student's own after that.
@@ -95,7 +99,7 @@ def rollout_loss(
         for _ in range(config.rollout_steps):
             x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
             x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
-            losses.append((x - buffer.x[who, step]).square().mean())
+            losses.append((buffer.weights[step - 1] * (x - buffer.x[who, step]).square().mean((1, 2, 3))).mean())
     return torch.stack(losses).mean()
 
 

@@ -15,13 +15,14 @@ from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_jso
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler
 from eval.fid import print_scores, score_images
 from eval.grid import fid_label, row_label
-from eval.models import Model, device, load_model
+from eval.models import Model, check_runtime, device, load_model, runnable
 from eval.plots import image_grid, loss_curve, step_sizes, to_png
 from eval.report import write_report
 from eval.sample import DrawConfig, draw
 from finetune.distill import DistillConfig, distill
+from finetune.sensitivity import step_sensitivity
 from finetune.trajectories import MAX_SEED, MAX_TRAJECTORIES, Trajectories, make_trajectories
-from quant import QuantConfig, QuantizedUNet, calibrate, quantize
+from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
 from quant.summary import shares, summarise
 
 
@@ -48,11 +49,14 @@ class RunConfig:
     """Images that are sampled at once."""
     grid_columns: int = 12
     """Images per row of the grid."""
+    runtime: str = "integer"
+    """How the student runs when it is scored: "integer", or "simulated" in float."""
 
     def __post_init__(self) -> None:
         for name in ("num_trajectories", "calibration_trajectories", "batch_size", "grid_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_runtime(self.runtime)
         if self.calibration_trajectories > self.num_trajectories:
             raise ValueError(f"calibration_trajectories must be at most num_trajectories, {self.num_trajectories}")
         if self.num_images < max(2, self.grid_columns):
@@ -75,8 +79,9 @@ class Made:
 
     teacher: Model
     ptq: QuantizedUNet
-    """The student before distillation."""
+    """The student before distillation, frozen."""
     student: QuantizedUNet
+    """The student, frozen."""
     seconds: dict[str, float]
     """Seconds per stage."""
 
@@ -108,12 +113,16 @@ def distill_student(config: RunConfig) -> Made:
     calibrate(ptq, calibration_states(buffer, solver, config.calibration_trajectories))
     stopwatch.lap("calibration")
 
+    if config.distill.objective == "rollout" and config.distill.weighting == "sensitivity":
+        buffer.weights = step_sensitivity(teacher.denoiser, ptq, solver, buffer)
+        stopwatch.lap("sensitivity")
     student = copy.deepcopy(ptq)
     distill(student, solver, buffer, config.distill, run, config.seed)
     stopwatch.lap("distillation")
-    student.requires_grad_(False).save_pretrained(config.output)
+    student = freeze(student)
+    student.save_pretrained(config.output)
     make_scheduler(config.sampler).save_pretrained(config.output / "scheduler")
-    return Made(teacher, ptq.requires_grad_(False), student, stopwatch.seconds)
+    return Made(teacher, freeze(ptq), student, stopwatch.seconds)
 
 
 def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict[int, torch.Tensor]:
@@ -134,14 +143,15 @@ def run(config: RunConfig) -> Path:
     bits = config.student.weight_bits, config.student.act_bits
     models = [
         Model("teacher", made.teacher.denoiser),
-        Model("ptq", made.ptq, *bits),
-        Model("student", made.student, *bits),
+        Model("ptq", runnable(made.ptq, config.runtime), *bits),
+        Model("student", runnable(made.student, config.runtime), *bits),
     ]
     drawing = DrawConfig(
         **dataclasses.asdict(config.sampler),
         num_images=config.num_images,
         seed=config.score_seed,
         batch_size=config.batch_size,
+        runtime=config.runtime,
     )
     drawn = [draw(model, drawing) for model in models]
     teacher_images, _ = drawn[0]
@@ -183,7 +193,7 @@ def run(config: RunConfig) -> Path:
 def _fingerprint(config: RunConfig, teacher: Model) -> dict:
     """What decides the student: its part of the configuration, and the teacher's very weights."""
     fields = dataclasses.asdict(config)
-    for free in ("output", "teacher", "num_images", "score_seed", "grid_columns"):
+    for free in ("output", "teacher", "num_images", "score_seed", "grid_columns", "runtime"):
         del fields[free]
     for free in ("log_every", "save_every"):
         del fields["distill"][free]

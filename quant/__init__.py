@@ -1,15 +1,19 @@
-"""From a float diffusers UNet to a low-bit one: `quantize` → `calibrate` → (distil)."""
+"""From a float diffusers UNet to a low-bit one: `quantize` → `calibrate` → (distil) → `freeze` → `to_integer`."""
 
 from quant.calibrate import calibrate
-from quant.convert import QuantConfig, QuantizedUNet, quantize
+from quant.convert import QuantConfig, QuantizedUNet, freeze, quantize
+from quant.integer import IntegerUNet, to_integer
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear
 
 __all__ = [
+    "IntegerUNet",
     "QuantConfig",
     "QuantConv2d",
     "QuantLayer",
     "QuantLinear",
     "QuantizedUNet",
     "calibrate",
+    "freeze",
     "quantize",
+    "to_integer",
 ]

@@ -1,7 +1,8 @@
-"""Activation ranges from the float network's own activations, one denoising step at a time."""
+"""Activation ranges from the float network's own activations, one denoising step at a time; then the biases."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,16 @@ from quant.quantizers import ActivationQuantizer, WeightQuantizer
 # Values of each layer and denoising step that the search for a range looks at.
 VALUES_PER_STEP = 16_384
 
-Values = dict[ActivationQuantizer, list[Tensor]]
+# States of each denoising step that the correction of the biases looks at; all steps go through together.
+STATES_PER_STEP = 16
 
 
 @torch.no_grad()
 def calibrate(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
-    """Initialise every activation step size and zero point of `model` from that step's own activations.
+    """Initialise `model`'s activation step sizes and zero points from each step's own activations; correct its biases.
+
+    Quantization shifts the mean of a layer's output. Each bias takes the shift back (arXiv 1906.04721, section
+    4.2), layer after layer, so that a layer sees inputs that are corrected already.
 
     Args:
         states: for each of the clock's timesteps t, states x_t float (N, C, H, W).
@@ -27,24 +32,58 @@ def calibrate(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
     """
     if sorted(states) != sorted(model.clock.timesteps):
         raise ValueError(f"calibration needs states at {model.clock.timesteps}, not at {list(states)}")
-    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
-    values: Values = {q: [] for q in quantizers if isinstance(q, ActivationQuantizer)}
-    # A hook that returns something replaces the module's output: with these the network runs in float.
-    hooks = [quantizer.register_forward_hook(partial(_record, values)) for quantizer in quantizers]
-    try:
-        for t in model.clock.timesteps:
-            model(states[t], t)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for quantizer, rows in values.items():
-        quantizer.initialise(torch.stack(rows))
+    values: dict[Any, list[Tensor]] = {layer.act_quantizer: [] for _, layer in model.layers()}
 
-
-def _record(values: Values, quantizer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> Tensor:
-    (x,) = inputs
-    if isinstance(quantizer, ActivationQuantizer):
-        flat = x.flatten()
+    def collect(quantizer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        flat = inputs[0].flatten()
         index = torch.randint(flat.numel(), (VALUES_PER_STEP,), generator=torch.Generator().manual_seed(0))
         values[quantizer].append(flat[index.to(flat.device)])
-    return x
+
+    with _in_float(model), _hooks(values, collect):
+        for t in model.clock.timesteps:
+            model(states[t], t)
+    for quantizer, rows in values.items():
+        quantizer.initialise(torch.stack(rows))
+    _correct_biases(model, states)
+
+
+def _correct_biases(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
+    some = {t: x[:STATES_PER_STEP] for t, x in states.items()}
+    x = torch.cat(list(some.values()))
+    t = torch.cat([torch.full((len(x_t),), t, device=x.device) for t, x_t in some.items()])
+    layers = [layer for _, layer in model.layers()]
+    means: dict[nn.Module, Tensor] = {}
+
+    def remember(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
+        means[layer] = _channel_means(output)
+
+    def correct(layer: Any, _: tuple[Tensor], output: Tensor) -> Tensor:
+        shift = means[layer] - _channel_means(output)
+        layer.bias += shift
+        return output + (shift[:, None, None] if output.dim() == 4 else shift)
+
+    with _in_float(model), _hooks(layers, remember):
+        model(x, t)
+    with _hooks(layers, correct):
+        model(x, t)
+
+
+def _channel_means(x: Tensor) -> Tensor:
+    """The mean of each channel, (C,): of images (N, C, H, W), or of features (N, …, C)."""
+    return x.mean((0, 2, 3)) if x.dim() == 4 else x.flatten(0, -2).mean(0)
+
+
+@contextmanager
+def _hooks(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_float(model: QuantizedUNet) -> AbstractContextManager[None]:
+    """Inside, quantizers hand on what they get: a hook that returns something replaces its module's output."""
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
+    return _hooks(quantizers, lambda quantizer, inputs, output: inputs[0])

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
-from safetensors.torch import load_file, save_file
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from quant.checkpoint import read_checkpoint, write_checkpoint
+from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
 from quant.quantizers import Clock
 
 
@@ -53,7 +53,7 @@ class QuantizedUNet(nn.Module):
         self.clock = clock
 
     def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        self.clock.set(torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample)))
+        self.clock.set(torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0]))
         try:
             return self.unet(sample, timestep, *args, **kwargs)
         finally:
@@ -91,31 +91,34 @@ class QuantizedUNet(nn.Module):
                 layer.shared_weight = None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `config.json` into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        unet = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        """Write `model.safetensors` and `config.json` into `folder`, weights in their real bits.
+
+        Raises:
+            ValueError: the model is not frozen.
+        """
+        bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in self.layers()}
+        tensors = self.unet.state_dict()
+        if not bits.keys() <= tensors.keys():
+            raise ValueError("only a frozen model has its weights as codes: call quant.freeze first")
         config = {
-            "unet": unet,
+            "unet": {key: value for key, value in self.config.items() if not key.startswith("_")},
             "quantization": dataclasses.asdict(self.quant_config),
             "timesteps": self.clock.timesteps,
         }
-        tensors = {name: tensor.contiguous() for name, tensor in self.unet.state_dict().items()}
-        beside = folder / ".partial"  # a file is whole or not there
-        save_file(tensors, beside)
-        beside.replace(folder / "model.safetensors")
-        beside.write_text(json.dumps(config, indent=2) + "\n")
-        beside.replace(folder / "config.json")
+        write_checkpoint(Path(folder), tensors, bits, config)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "QuantizedUNet":
-        """Read what `save_pretrained` wrote, in evaluation mode; nothing else is needed."""
-        folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
+        """Read what `save_pretrained` wrote; nothing else is needed. The model is frozen.
+
+        Raises:
+            ValueError: a file is truncated, altered, of another format, or does not fit the other.
+        """
+        tensors, config = read_checkpoint(Path(folder))
         unet = UNet2DModel.from_config(config["unet"])
-        model = _convert(unet, QuantConfig(**config["quantization"]), config["timesteps"])
-        model.unet.load_state_dict(load_file(folder / "model.safetensors"))
-        return model.eval()
+        model = freeze(_convert(unet, QuantConfig(**config["quantization"]), config["timesteps"]))
+        model.unet.load_state_dict(tensors)
+        return model
 
 
 def quantize(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -> QuantizedUNet:
@@ -123,7 +126,8 @@ def quantize(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
 
     Every convolution and linear layer is replaced, shortcuts, samplers and attention projections included; the
     layers of `config.edge_bits` are found by their place in the structure. The projections to query, key and
-    value become one layer: they share their input, so one quantizer serves the three.
+    value become one layer: they share their input, so one quantizer serves the three. A shortcut over a skip
+    concatenation becomes two layers, one for each half: the halves differ in range.
 
     Args:
         timesteps: the training timesteps of the T sampling steps.
@@ -135,6 +139,14 @@ def quantize(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
     for _, layer in model.layers():
         layer.weight_quantizer.initialise(layer.weight)
     return model
+
+
+def freeze(model: QuantizedUNet) -> QuantizedUNet:
+    """A copy of `model` whose adapters are merged and whose weights are codes; it computes what `model` computes."""
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    for _, layer in frozen.layers():
+        layer.freeze()
+    return frozen
 
 
 def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -> QuantizedUNet:
@@ -150,6 +162,7 @@ def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
     for name, module in list(unet.named_modules()):
         if isinstance(module, Attention):
             _fuse_projections(name, module)
+    _split_skips(unet)
     for name, module in list(unet.named_modules()):
         layer = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}.get(type(module))
         if layer is None:
@@ -167,3 +180,18 @@ def _fuse_projections(name: str, attention: Attention) -> None:
     attention.fuse_projections()
     attention.set_processor(FusedAttnProcessor2_0())
     del attention.to_q, attention.to_k, attention.to_v
+
+
+def _split_skips(unet: UNet2DModel) -> None:
+    """Replace every shortcut over [hidden, skip] by a `SkipConv2d`; a skip's channels are those of its origin."""
+    skips = [unet.conv_in.out_channels]
+    for block in unet.down_blocks:
+        skips += [resnet.out_channels for resnet in block.resnets]
+        skips += [block.resnets[-1].out_channels] * len(block.downsamplers or [])
+    for block in unet.up_blocks:
+        if not isinstance(block, UpBlock2D | AttnUpBlock2D):
+            return  # of another kind, whose shortcuts stay whole
+        for resnet in block.resnets:
+            hidden = resnet.in_channels - skips.pop()
+            if resnet.conv_shortcut is not None:
+                resnet.conv_shortcut = SkipConv2d(resnet.conv_shortcut, hidden)

@@ -1,5 +1,6 @@
 """The layers of a quantized network: QALoRA (EfficientDM, eq. 6) around a convolution or a linear layer."""
 
+import copy
 import math
 from typing import Any
 
@@ -14,27 +15,33 @@ class QuantLayer(nn.Module):
     """y = Q(x; s_x) · Q(W0 + B·A; s_w) + bias.
 
     The adapters are merged first and the sum is quantized, so that one low-bit weight is all that is kept in the
-    end. B starts at zero: a new layer computes what plain quantization of W0 computes. W0 and the bias are frozen.
+    end. B starts at zero: a new layer computes what plain quantization of W0 computes. W0 and the bias are frozen;
+    a layer without a bias gets one of zeros, for calibration corrects the mean of the output through it.
+
+    `freeze` ends the learning: codes take the place of W0 and the adapters.
 
     Attributes:
-        weight: W0, the shape of the layer's.
+        weight: W0, of `weight_shape`.
         lora_a: (rank, c_in·k·k), Kaiming-uniform. For a convolution: the k×k convolution to `rank` channels.
         lora_b: (c_out, rank). For a convolution: the 1×1 convolution after it.
+        codes: int8, of `weight_shape`; None before `freeze`.
     """
 
-    bias: Tensor | None
+    codes: Tensor | None
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, weight_bits: int, act_bits: int, rank: int, clock: Clock):
         super().__init__()
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-        bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-        self.register_parameter("bias", bias)
+        bias = self.weight.new_zeros(len(self.weight)) if layer.bias is None else layer.bias.detach().clone()
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.weight_shape = self.weight.shape
         channels, fan_in = self.weight.flatten(1).shape
         self.lora_a = nn.Parameter(torch.empty(rank, fan_in))
         self.lora_b = nn.Parameter(torch.zeros(channels, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.weight_quantizer = WeightQuantizer(weight_bits, channels)
         self.act_quantizer = ActivationQuantizer(act_bits, clock)
+        self.register_buffer("codes", None)
         self.shared_weight: Tensor | None = None
 
     def merged_weight(self) -> Tensor:
@@ -43,7 +50,16 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """Q(W0 + B·A; s_w): merge, then quantize."""
+        if self.codes is not None:
+            return self.weight_quantizer.dequantize(self.codes)
         return self.weight_quantizer(self.merged_weight())
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Merge the adapters for good, and keep the weight as codes."""
+        self.codes = self.weight_quantizer.quantize(self.merged_weight())
+        del self.weight, self.lora_a, self.lora_b
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.quantized_weight() if self.shared_weight is None else self.shared_weight
@@ -72,3 +88,22 @@ class QuantLinear(QuantLayer):
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
+
+
+class SkipConv2d(nn.Module):
+    """A convolution over the concatenation [hidden, skip] as the sum of one over each half.
+
+    The same map, but each half can be quantized by itself. x float (N, c_hidden + c_skip, H, W) → (N, c_out, H', W').
+    """
+
+    def __init__(self, conv: nn.Conv2d, hidden_channels: int):
+        super().__init__()
+        self.channels = (hidden_channels, conv.in_channels - hidden_channels)
+        self.hidden, self.skip = (copy.deepcopy(conv) for _ in self.channels)
+        halves = conv.weight.detach().split(self.channels, dim=1)
+        self.hidden.weight, self.skip.weight = (nn.Parameter(half.clone()) for half in halves)
+        self.skip.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, skip = x.split(self.channels, dim=1)
+        return self.hidden(hidden) + self.skip(skip)

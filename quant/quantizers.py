@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quant.functional import code_range, fake_quantize
+from quant.functional import code_range, fake_quantize, quantize
 
 # Fractions of the min-max range that the searches for an initial step size try: weights are few and get more.
 WEIGHT_FRACTIONS = torch.linspace(0.2, 1.1, 181)
@@ -88,6 +88,20 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return fake_quantize(weight, self.scale, self.zero_point, self.qmin, self.qmax)
 
+    def quantize(self, weight: Tensor) -> Tensor:
+        """The codes int8 of `weight` (c_out, …)."""
+        scale, zero_point = self._rows(weight, self.scale), self._rows(weight, self.zero_point)
+        return quantize(weight, scale, zero_point, self.qmin, self.qmax).to(torch.int8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The weight that `codes` (c_out, …) stand for, bit for bit what `forward` gives."""
+        return codes.float() * self._rows(codes, self.scale)
+
+    @staticmethod
+    def _rows(x: Tensor, values: Tensor) -> Tensor:
+        """`values` (c_out,) shaped to act on x (c_out, …)."""
+        return values.view(-1, *[1] * (x.dim() - 1))
+
 
 class ActivationQuantizer(nn.Module):
     """Unsigned codes with a zero point; a step size and a zero point for every denoising step (TALSQ, eq. 9).
@@ -118,9 +132,12 @@ class ActivationQuantizer(nn.Module):
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Step size and zero point of each sample of the running batch, each (N,), by the clock."""
+        return self.clock.read(self.scale), self.clock.read(self.zero_point)
+
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.clock.read(self.scale), self.clock.read(self.zero_point)
-        return fake_quantize(x, scale, zero_point, self.qmin, self.qmax)
+        return fake_quantize(x, *self.read(), self.qmin, self.qmax)
 
 
 def _least_error(rows: Tensor, scales: Tensor, zeros: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:

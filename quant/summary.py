@@ -51,12 +51,11 @@ def _summarise_layer(
     rows: list[LayerSummary], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any
 ) -> None:
     if isinstance(module, QuantLayer):
-        kind = "conv" if module.weight.dim() == 4 else "linear"
+        weights = math.prod(module.weight_shape)
+        kind = "conv" if len(module.weight_shape) == 4 else "linear"
         bits = module.weight_quantizer.bits, module.act_quantizer.bits
-        biases = 0 if module.bias is None else module.bias.numel()
-        positions = output.numel() // len(module.weight)
-        macs = positions * module.weight.numel()
-        rows.append(LayerSummary(name, kind, *bits, module.weight.numel() + biases, macs))
+        macs = output.numel() // len(module.bias) * weights
+        rows.append(LayerSummary(name, kind, *bits, weights + module.bias.numel(), macs))
     elif isinstance(module, Attention):
         x = inputs[0]  # (1, C, H, W) or (1, L, C)
         tokens = math.prod(x.shape[2:]) if x.dim() == 4 else x.shape[1]

@@ -1,0 +1,54 @@
+"""Write a model for other programs: the student in its real bits, or teacher and student as ONNX."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm_mnist import InputError
+from ddpm_mnist.command import run_command
+from ddpm_mnist.runs import prepare_output
+from eval.models import load_model
+from quant import QuantizedUNet
+from quant.export import export_onnx
+
+
+@dataclass
+class ExportConfig:
+    model: str = "teacher"
+    """A released name, a run folder, or a folder of diffusers."""
+    format: str = "onnx"
+    """"onnx": a graph for ONNX Runtime and others. "packed": a student's weights in their real bits."""
+    output: Path = Path("exported")
+    """Folder for model.onnx, or for model.safetensors and config.json."""
+
+    def __post_init__(self) -> None:
+        if self.format not in ("onnx", "packed"):
+            raise ValueError(f'format must be "onnx" or "packed", not "{self.format}"')
+
+
+def export(config: ExportConfig) -> Path:
+    """Export a model; returns the file that holds its weights.
+
+    Raises:
+        InputError: no such model, the output exists, or a full-precision model is to be packed.
+    """
+    model = load_model(config.model)
+    packed = config.format == "packed"
+    if packed and not isinstance(model.denoiser, QuantizedUNet):
+        raise InputError(f'"{config.model}" is of full precision: only a student has codes to pack')
+    path = config.output / ("model.safetensors" if packed else "model.onnx")
+    if path.exists():
+        raise InputError(f"{path} exists: choose another output")
+    prepare_output(path)
+    if packed:
+        model.denoiser.save_pretrained(config.output)
+    else:
+        beside = path.with_name(".model.onnx")
+        export_onnx(model.denoiser.cpu(), beside)
+        beside.replace(path)
+    print(f"{config.model}, {model.bits}, in {path} ({path.stat().st_size:,} bytes)")
+    return path
+
+
+if __name__ == "__main__":
+    run_command("python -m eval.export", export, ExportConfig, sys.argv[1:])

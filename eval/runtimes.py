@@ -1,0 +1,109 @@
+"""Teacher and student in every runtime that the benchmark compares."""
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from ddpm_mnist.sampler import SamplerConfig, Solver, denoise
+from quant import QuantizedUNet, to_integer
+from quant.export import export_onnx
+
+# (runtime, model) → one denoising step of x float (N, 1, 28, 28) at the timestep t ().
+Runtimes = dict[tuple[str, str], Callable[[Tensor, Tensor], Any]]
+
+
+def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet) -> Runtimes:
+    """(runtime, model) → a denoiser."""
+    channels_last = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
+
+    def under_bfloat16(denoiser: Any) -> Any:
+        def run(x: Tensor, t: Tensor) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return denoiser(x, t)
+
+        return run
+
+    return {
+        ("eager", "teacher"): teacher,
+        ("compiled", "teacher"): torch.compile(channels_last, dynamic=False),
+        ("eager-bfloat16", "teacher"): under_bfloat16(teacher),
+        ("compiled-bfloat16", "teacher"): torch.compile(under_bfloat16(channels_last), dynamic=False),
+        ("simulated", "student"): student,
+        ("integer", "student"): to_integer(student),
+    }
+
+
+def onnx_runtimes(teacher: UNet2DModel, student: QuantizedUNet, folder: Path) -> Runtimes:
+    """Both models as ONNX files in `folder`, in every runtime for them that is installed."""
+    paths = {name: folder / f"{name}.onnx" for name in ("teacher", "teacher-int8", "student")}
+    export_onnx(teacher, paths["teacher"])
+    export_onnx(student, paths["student"])
+    _quantize_statically(teacher, paths["teacher"], paths["teacher-int8"])
+    found: Runtimes = {}
+    for runtime, model, path in (
+        ("onnxruntime-float", "teacher", "teacher"),
+        ("onnxruntime-int8", "teacher", "teacher-int8"),
+        ("onnxruntime-qdq", "student", "student"),
+    ):
+        found[runtime, model] = _onnxruntime(paths[path])
+    if importlib.util.find_spec("openvino"):
+        for runtime, path, precision in (
+            ("openvino-float", "teacher", "f32"),
+            ("openvino-bfloat16", "teacher", "bf16"),
+            ("openvino-int8", "teacher-int8", "f32"),
+            ("openvino-int8-bfloat16", "teacher-int8", "bf16"),
+        ):
+            found[runtime, "teacher"] = _openvino(paths[path], precision)
+    return found
+
+
+def _onnxruntime(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait by spinning slow down whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x, t: session.run(None, {"sample": x.numpy(), "timestep": t.numpy()})
+
+
+def _openvino(path: Path, precision: str) -> Any:
+    import openvino
+
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = openvino.Core().compile_model(path, "CPU", options)
+    return lambda x, t: model({"sample": x.numpy(), "timestep": t.numpy()})
+
+
+def _quantize_statically(teacher: UNet2DModel, source: Path, target: Path) -> None:
+    """ONNX Runtime's own static quantization to 8 bits, calibrated on the teacher's denoising of 16 noises."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            solver = Solver(SamplerConfig())
+            self.states = iter(
+                {"sample": step.x.numpy(), "timestep": solver.timesteps[step.number].numpy()}
+                for step in denoise(teacher, solver, range(16))
+            )
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.states, None)
+
+    prepared = source.with_name("prepared.onnx")
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
+    logging.disable(logging.WARNING)
+    try:
+        quantize_static(prepared, target, Reader(), per_channel=True)
+    finally:
+        logging.disable(logging.NOTSET)

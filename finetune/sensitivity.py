@@ -1,0 +1,38 @@
+"""How much an error at each denoising step costs the image: what the rollouts' loss is weighted with."""
+
+import torch
+from torch import Tensor
+
+from ddpm_mnist.sampler import Denoiser, Solver
+from finetune.trajectories import Trajectories
+
+
+@torch.no_grad()
+def step_sensitivity(
+    teacher: Denoiser, student: Denoiser, solver: Solver, buffer: Trajectories, count: int = 32
+) -> Tensor:
+    """The amplification of an error from each state to the image, float (T,), mean 1.
+
+    At each step alone the student takes the teacher's place, and the teacher denoises what comes out to the end;
+    entry k is the squared error of the image over that of the state after step k, means over the first `count`
+    trajectories. An error of the first half is amplified up to a hundred times more than one of the last steps,
+    though it is the smaller: it decides which digit appears, and with how much ink.
+    """
+    count = min(count, len(buffer.x))
+    num_steps = buffer.eps.shape[1]
+    amplification = []
+    for first in range(num_steps):
+        before = max(first - 1, 0)
+        step = torch.full((count,), before, device=buffer.x.device)
+        x0_prev = solver.predict_x0(step, buffer.x[:count, before], buffer.eps[:count, before])
+        x, denoiser = buffer.x[:count, first], student
+        for number in range(first, num_steps):
+            step = torch.full_like(step, number)
+            t = solver.timesteps.to(step.device)[step]
+            x0 = solver.predict_x0(step, x, denoiser(x, t).sample)
+            x, x0_prev, denoiser = solver.advance(step, x, x0, x0_prev), x0, teacher
+            if number == first:
+                error = (x - buffer.x[:count, number + 1]).square().mean()
+        amplification.append((x - buffer.x[:count, -1]).square().mean() / error)
+    weights = torch.stack(amplification)
+    return weights / weights.mean()

@@ -1,0 +1,60 @@
+"""A student on disk: `model.safetensors` with its weights in their real bits, and `config.json`.
+
+Codes are packed (`quant.packing`), one tensor of bytes per layer; step sizes, zero points, biases and normalisations
+stay as they are, so that a model which is loaded computes bit for bit what the saved one computed.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from quant.packing import pack, unpack
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, int], config: dict[str, Any]) -> None:
+    """Write `tensors` and `config` into `folder`.
+
+    Args:
+        bits: for each name that holds codes (int8), how many bits they take.
+        config: what the model is rebuilt from, as JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = {name: pack(x, bits[name]) if name in bits else x.cpu().contiguous() for name, x in tensors.items()}
+    weights = save_tensors(packed)
+    codes = {name: {"bits": width, "shape": list(tensors[name].shape)} for name, width in bits.items()}
+    content = {"format": FORMAT, **config, "codes": codes, "sha256": hashlib.sha256(weights).hexdigest()}
+    beside = folder / ".partial"  # a file is whole or not there
+    beside.write_bytes(weights)
+    beside.replace(folder / WEIGHTS)
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(folder / CONFIG)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, codes unpacked to int8, and the configuration that `write_checkpoint` wrote.
+
+    Raises:
+        ValueError: a file is truncated, altered, or of another format than this version reads.
+    """
+    config = json.loads((folder / CONFIG).read_text())
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{CONFIG} is of format {config.get('format')}, this version reads format {FORMAT}")
+    weights = (folder / WEIGHTS).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != config["sha256"]:
+        raise ValueError(f"{WEIGHTS} is truncated or altered: its SHA-256 is not the one in {CONFIG}")
+    try:
+        tensors = load_tensors(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS} is no safetensors file: {error}") from error
+    for name, code in config["codes"].items():
+        tensors[name] = unpack(tensors[name], code["bits"], code["shape"])
+    return tensors, config
