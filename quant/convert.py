@@ -19,6 +19,9 @@ from quant.checkpoint import read_checkpoint, write_checkpoint
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
 from quant.quantizers import Clock
 
+# The tables of an activation quantizer, by their names in the state dict.
+ACT_TABLES = ("scale", "zero_point")
+
 
 @dataclass
 class QuantConfig:
@@ -97,9 +100,12 @@ class QuantizedUNet(nn.Module):
             ValueError: the model is not frozen.
         """
         bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in self.layers()}
-        tensors = self.unet.state_dict()
+        tensors = {name: x.half() if x.is_floating_point() else x for name, x in self.unet.state_dict().items()}
         if not bits.keys() <= tensors.keys():
             raise ValueError("only a frozen model has its weights as codes: call quant.freeze first")
+        for table in ACT_TABLES:  # one tensor for all layers: a tensor's entry in the file is longer than T numbers
+            names = [f"{name}.act_quantizer.{table}" for name, _ in self.layers()]
+            tensors[f"act_quantizers.{table}"] = torch.stack([tensors.pop(name) for name in names])
         config = {
             "unet": {key: value for key, value in self.config.items() if not key.startswith("_")},
             "quantization": dataclasses.asdict(self.quant_config),
@@ -117,6 +123,11 @@ class QuantizedUNet(nn.Module):
         tensors, config = read_checkpoint(Path(folder))
         unet = UNet2DModel.from_config(config["unet"])
         model = freeze(_convert(unet, QuantConfig(**config["quantization"]), config["timesteps"]))
+        for table in ACT_TABLES:
+            rows = tensors.pop(f"act_quantizers.{table}")
+            tensors |= {
+                f"{name}.act_quantizer.{table}": row for (name, _), row in zip(model.layers(), rows, strict=True)
+            }
         model.unet.load_state_dict(tensors)
         return model
 
@@ -142,11 +153,22 @@ def quantize(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
 
 
 def freeze(model: QuantizedUNet) -> QuantizedUNet:
-    """A copy of `model` whose adapters are merged and whose weights are codes; it computes what `model` computes."""
+    """A copy of `model` whose adapters are merged, and whose weights are codes.
+
+    What stays float (step sizes, zero points, biases, normalisations) is rounded to the half precision in which it is
+    saved, before the codes are made; a saved student therefore computes the same bits as the frozen one.
+    """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     for _, layer in frozen.layers():
+        _round_to_half(layer.weight_quantizer)
         layer.freeze()
+    _round_to_half(frozen)
     return frozen
+
+
+def _round_to_half(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.copy_(parameter.half())
 
 
 def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -> QuantizedUNet:

@@ -16,6 +16,7 @@ from eval.grid import GridConfig, draw_models, recorded_fid
 from eval.models import load_model
 from eval.sample import SampleConfig, write_samples
 from eval.train_features import FeaturesConfig, train_features
+from quant import freeze
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def teacher_folder(unet, tmp_path):
 
 @pytest.fixture
 def student_folder(student, tmp_path):
-    student.save_pretrained(tmp_path / "student")
+    freeze(student).save_pretrained(tmp_path / "student")
     return str(tmp_path / "student")
 
 
@@ -133,7 +134,7 @@ def test_a_damaged_student_gets_one_line(student_folder, damage, tmp_path, capsy
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "other shape":
-        config.write_text(config.read_text().replace('"rank": 2', '"rank": 3'))
+        config.write_text(config.read_text().replace('"norm_num_groups": 4', '"norm_num_groups": 3'))
     else:
         config.write_text("{")
     with pytest.raises(SystemExit) as caught:

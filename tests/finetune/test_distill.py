@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_mnist.runs import RunState, update_generator
-from ddpm_mnist.sampler import SamplerConfig, Solver
+from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler
 from finetune.distill import (
     DistillConfig,
     distill,
@@ -18,6 +18,7 @@ from finetune.distill import (
     per_step_loss,
     rollout_loss,
 )
+from finetune.sensitivity import step_sensitivity
 from finetune.trajectories import make_trajectories
 
 
@@ -55,6 +56,35 @@ def test_rollouts_see_every_step_equally_often(solver, buffer):
     times, counts = torch.cat(seen).unique(return_counts=True)
     assert times.tolist() == sorted(solver.timesteps.tolist())
     assert counts.max() < 1.8 * counts.min()
+
+
+def test_weights_say_how_an_error_grows_until_the_image(unet, student, solver, buffer):
+    """Against diffusers' own scheduler: the student takes step 3 of 6, the teacher the rest."""
+    weights = step_sensitivity(unet, student, solver, buffer, count=8)
+    assert weights.shape == (6,)
+    assert weights.mean().item() == pytest.approx(1)
+    scheduler = make_scheduler(SamplerConfig(num_steps=6))
+    x = buffer.x[:, 0]
+    with torch.no_grad():
+        for step, t in enumerate(scheduler.timesteps):
+            x = scheduler.step((student if step == 3 else unet)(x, t).sample, t, x).prev_sample
+            if step == 3:
+                error = (x - buffer.x[:, 4]).square().mean()
+    growth = (x - buffer.x[:, 6]).square().mean() / error
+    # The last entry is an error of the image itself, which does not grow.
+    assert (weights[3] / weights[5]).item() == pytest.approx(growth.item(), rel=1e-3)
+
+
+def test_a_rollouts_errors_count_by_the_buffers_weights(student, solver, buffer):
+    config = DistillConfig(batch_size=32, rollout_steps=1)
+    losses = []
+    for step in range(6):
+        buffer.weights = torch.zeros(6)
+        buffer.weights[step] = 2.0
+        losses.append(rollout_loss(student, solver, buffer, config, update_generator(0, 0)).item())
+    buffer.weights = torch.full((6,), 2.0)
+    assert min(losses) > 0
+    assert sum(losses) == pytest.approx(rollout_loss(student, solver, buffer, config, update_generator(0, 0)).item())
 
 
 def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, solver, buffer):

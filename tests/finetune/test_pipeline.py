@@ -9,6 +9,7 @@ from ddpm_mnist.command import run_command
 from ddpm_mnist.unet import save_teacher
 from eval.models import load_model
 from finetune.pipeline import RunConfig, run
+from quant import freeze
 
 SMALL = """
 teacher: {teacher}
@@ -156,6 +157,6 @@ def test_a_damaged_state_gets_one_line(config_path, tmp_path, capsys):
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
-    student.save_pretrained(tmp_path / "student")
+    freeze(student).save_pretrained(tmp_path / "student")
     with pytest.raises(InputError, match="full precision"):
         run(RunConfig(teacher=str(tmp_path / "student"), output=tmp_path / "run"))

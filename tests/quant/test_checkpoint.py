@@ -1,0 +1,82 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
+
+
+@pytest.fixture
+def folder(student, tmp_path):
+    freeze(student).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_a_student_comes_back_bit_for_bit_in_its_real_bits(unet, solver, buffer, tmp_path, bits):
+    student = quantize(unet, QuantConfig(bits, bits, rank=2), solver.timesteps.tolist())
+    calibrate(student, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
+    nn.init.normal_(next(student.layers())[1].lora_b)
+    frozen = freeze(student)
+    frozen.save_pretrained(tmp_path)
+    loaded = QuantizedUNet.from_pretrained(tmp_path)
+    x, t = buffer.x[:, 2], torch.tensor([*student.clock.timesteps, 500, 3])[: len(buffer.x)]
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t).sample, frozen(x, t).sample)
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, layer in frozen.layers():
+        width = layer.weight_quantizer.bits
+        assert saved[f"{name}.codes"].numel() == (layer.codes.numel() * width + 7) // 8, name
+    assert not any("lora" in name or name.endswith("conv1.weight") for name in saved)
+
+
+def test_freezing_changes_only_what_half_precision_takes(student, buffer):
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.copy_(parameter.half())
+        x, t = buffer.x[:, 2], student.clock.timesteps[2]
+        assert torch.equal(freeze(student)(x, t).sample, student(x, t).sample)
+
+
+def test_the_student_that_was_frozen_can_still_learn(student):
+    freeze(student)
+    assert all(layer.codes is None and layer.weight is not None for _, layer in student.layers())
+
+
+def test_only_a_frozen_student_is_saved(student, tmp_path):
+    with pytest.raises(ValueError, match=r"call quant\.freeze first"):
+        student.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_file_is_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or altered"):
+        QuantizedUNet.from_pretrained(folder)
+
+
+def test_an_altered_byte_is_refused(folder):
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="truncated or altered"):
+        QuantizedUNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "config.json is of format 2, this version reads format 1"),
+        ({"timesteps": [999, 500]}, "size mismatch"),
+        ({"codes": {"conv_in.codes": {"bits": 8, "shape": [8, 1, 3, 2]}}}, "48 codes of 8 bits take uint8"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(folder, change, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        QuantizedUNet.from_pretrained(folder)

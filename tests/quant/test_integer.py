@@ -1,0 +1,291 @@
+import pytest
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+from torch import nn
+from torch.nn import functional as F
+
+from ddpm_mnist.sampler import SamplerConfig, make_scheduler, sample
+from quant import QuantConfig, calibrate, freeze, functional, integer, quantize, to_integer
+from quant.integer import ATTENTION, NORM_SILU, Instruction, IntegerLayer, Quantizer
+from quant.layers import QuantConv2d
+from quant.quantizers import Clock
+
+fused = pytest.mark.skipif(integer.fused_operator() is None, reason="needs AVX-512 VNNI and a C++ compiler")
+WAYS = [pytest.param("fused", marks=fused), "oneDNN", "exact float"]
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Make the integer models that are built from here on run in one of `WAYS`."""
+
+    def choose(way):
+        if way != "fused":
+            monkeypatch.setattr(integer, "fused_operator", lambda: None)
+        if way == "exact float":
+            monkeypatch.setattr(integer, "has_onednn", lambda: False)
+
+    return choose
+
+
+@pytest.fixture
+def frozen(student):
+    torch.manual_seed(0)
+    for _, layer in student.layers():
+        nn.init.normal_(layer.lora_b, std=0.01)
+    return freeze(student)
+
+
+def identity_layer(channels):
+    """A layer whose output at unit scales is its codes: the identity."""
+    layer = QuantConv2d(nn.Conv2d(channels, channels, 1), 8, 8, 1, Clock([0]))
+    nn.init.dirac_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    layer.freeze()
+    return layer
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sampling_on_integers_is_the_simulations(frozen, use, way):
+    use(way)
+    config = SamplerConfig(num_steps=6)
+    model = to_integer(frozen)
+    assert model.summary() == f"{len(model.layers)} layers by {way if way != 'fused' else 'VNNI'}"
+    ours, theirs = (sample(denoiser, config, 24).float() for denoiser in (model, frozen))
+    # A float on the boundary of a code may go the other way, and what follows differs: few images may.
+    equal = (ours == theirs).flatten(1).float().mean(1)
+    assert equal.median() > 0.97
+    assert (ours - theirs).square().mean() < 0.01 * theirs.square().mean()
+
+
+@fused
+def test_codes_that_enter_each_layer_are_the_simulations(frozen, buffer):
+    """Line by line from equal inputs: codes differ only where a float lies on the border between two."""
+    model, t = to_integer(frozen), frozen.clock.timesteps[2]
+    model(buffer.x[:, 2], t)
+    inputs, step = {}, model._moments[t]
+    hooks = [layer.register_forward_pre_hook(lambda at, x: inputs.update({at: x[0]})) for layer in model.layers]
+    with torch.no_grad():
+        frozen(buffer.x[:, 2], t)
+    for hook in hooks:
+        hook.remove()
+    flips = total = 0
+    for number, layer in enumerate(model.layers):
+        x = inputs[layer]
+        x = x.transpose(1, 2)[..., None] if x.dim() == 3 else x
+        quantizer = step.quantizers[number]
+        expected = functional.quantize(
+            x, torch.tensor(quantizer.scale), torch.tensor(quantizer.zero_point), 0, quantizer.qmax
+        )
+        codes = run_line(Instruction(0, 0, -1, -1, x.shape[1], -1, 0, -1, -1, *x.shape[2:], 1, 0), x, quantizer)
+        flips += (codes != expected).sum().item()
+        total += codes.numel()
+    assert flips == 0, "plain quantization rounds the same floats"
+
+
+def run_line(line, x, quantizer, norm=None):
+    """The codes that a line of the program makes of x, through an identity layer."""
+    channels = line.source_channels // (3 if line.kind == ATTENTION else 1)
+    layer = identity_layer(channels)
+    identity = IntegerLayer(0, "identity", layer, 0, fused=True)
+    norms = [] if norm is None else [norm]
+    y = integer.fused_operator()(
+        x.contiguous(memory_format=torch.channels_last),
+        torch.tensor([line]),
+        [identity.weight],
+        [identity.weight_sum],
+        [torch.full_like(identity.scales, 1 / quantizer.scale)],
+        torch.tensor([(channels, 1, 1, 1, 1, 0, 0, 0, 0)]),
+        [n.weight for n in norms],
+        [n.bias for n in norms],
+        [n.num_groups for n in norms],
+        [n.eps for n in norms],
+        torch.tensor([quantizer], dtype=torch.float64),
+        [torch.zeros(channels)],
+        0,
+    )
+    unit = layer.codes.max().item()
+    return (y / unit).round() + quantizer.zero_point
+
+
+@fused
+@pytest.mark.parametrize("channels", [8, 16, 24, 40])
+@pytest.mark.parametrize("size", [(7, 7), (5, 9)])
+def test_normalisation_and_silu_make_the_codes_of_torch(channels, size):
+    torch.manual_seed(channels)
+    x = torch.randn(6, channels, *size) * 3 + 2
+    norm = nn.GroupNorm(4, channels)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    quantizer = Quantizer(0.02, 14, 255)
+    line = Instruction(NORM_SILU, 0, 0, -1, channels, -1, 0, -1, -1, *size, 1, 0)
+    with torch.no_grad():
+        ours = run_line(line, x, quantizer, norm)
+        exact = F.silu(norm(x)) / quantizer.scale + quantizer.zero_point
+    expected = exact.round().clamp(0, 255)
+    border = (exact - exact.floor() - 0.5).abs() < 1e-3
+    assert torch.equal(ours[~border], expected[~border])
+    assert (ours - expected).abs().max() <= 1
+    assert (ours != expected).float().mean() < 1e-4
+
+
+@fused
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (4, 8), (3, 20), (2, 40)])
+@pytest.mark.parametrize("size", [(7, 7), (1, 3), (5, 9)])
+def test_attention_makes_the_codes_of_torch(heads, width, size):
+    torch.manual_seed(width)
+    qkv = torch.randn(3, 3 * heads * width, *size) * 2
+    quantizer = Quantizer(0.03, 128, 255)
+    ours = run_line(Instruction(ATTENTION, 0, -1, -1, qkv.shape[1], -1, 0, -1, -1, *size, 1, heads), qkv, quantizer)
+    q, k, v = qkv.double().view(3, 3, heads, width, -1).transpose(-1, -2).unbind(1)
+    exact = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(3, -1, *size)
+    exact = exact / quantizer.scale + quantizer.zero_point
+    expected = exact.round().clamp(0, 255)
+    assert (ours - expected).abs().max() <= 1
+    border = (exact - exact.floor() - 0.5).abs() < 1e-3
+    assert torch.equal(ours[~border], expected[~border].float())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"kernel_size": 3, "padding": 1}, (9, 7)),
+        ({"kernel_size": 3, "padding": 1, "stride": 2}, (10, 14)),
+        ({"kernel_size": 3, "padding": 2, "dilation": 2}, (9, 15)),
+        ({"kernel_size": 1}, (6, 5)),
+        ({"kernel_size": (1, 5), "padding": (0, 2), "stride": (2, 1)}, (6, 30)),
+    ],
+)
+@pytest.mark.parametrize(("inside", "outside"), [(1, 16), (18, 37), (64, 1)])
+def test_products_of_codes_are_exact(way, bits, options, size, inside, outside):
+    """Against the same convolution of the codes in float64, to 1e-5 of the largest value."""
+    torch.manual_seed(bits)
+    layer = QuantConv2d(nn.Conv2d(inside, outside, **options), bits, bits, 1, Clock([0]))
+    layer.weight_quantizer.initialise(layer.weight)
+    layer.freeze()
+    quantizer = Quantizer(0.07, 3, layer.act_quantizer.qmax)
+    codes = torch.randint(0, quantizer.qmax + 1, (5, inside, *size))
+    weight = layer.codes.double() * layer.weight_quantizer.scale.double()[:, None, None, None]
+    expected = F.conv2d((codes - 3).double() * 0.07, weight, layer.bias.double(), *layer.geometry)
+    line = IntegerLayer(0, "", layer, 0, fused=way == "fused")
+    if way == "fused":
+        x = (codes - 3).float() * 0.07
+        shape = (inside, *line.stride, *line.dilation, *line.padding)
+        actual = integer.fused_operator()(
+            x.contiguous(memory_format=torch.channels_last),
+            torch.tensor([Instruction(0, 0, -1, -1, inside, -1, 0, -1, -1, *size, 1, 0)]),
+            [line.weight], [line.weight_sum], [line.scales], torch.tensor([shape]), [], [], [], [],
+            torch.tensor([quantizer], dtype=torch.float64), [layer.bias], 0,
+        )  # fmt: skip
+    else:
+        if way == "exact float":
+            line.way, line.weight = way, layer.codes.double()
+        actual = line(codes.byte().contiguous(memory_format=torch.channels_last), quantizer, layer.bias)
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@fused
+def test_an_image_depends_neither_on_its_batch_nor_on_the_threads(frozen):
+    model, config = to_integer(frozen), SamplerConfig(num_steps=6)
+    expected = sample(model, config, 20, batch_size=64)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for batch_size in (1, 7, 64):
+                assert torch.equal(sample(model, config, 20, batch_size=batch_size), expected), (count, batch_size)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_timesteps_may_be_mixed_in_a_batch(frozen, buffer):
+    model, t = to_integer(frozen), torch.tensor([999, 3, 500, 999, 3, 3, 640, 999])
+    x = buffer.x[:, 1]
+    together = model(x, t).sample
+    apart = torch.cat([model(x[i : i + 1], t[i]).sample for i in range(len(t))])
+    assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"block_out_channels": (8, 16, 24), "layers_per_block": 2, "attention_head_dim": 4}, (16, 16)),
+        ({"block_out_channels": (20, 20), "norm_num_groups": 5, "attention_head_dim": 10}, (12, 20)),
+        ({"block_out_channels": (8, 16), "downsample_padding": 0, "norm_num_groups": 4}, (16, 12)),
+        ({"block_out_channels": (8, 8), "mid_block_type": None, "norm_num_groups": 2}, (8, 8)),
+    ],
+)
+def test_other_unets_are_followed_by_their_structure(options, size, use, way):
+    use(way)
+    torch.manual_seed(0)
+    depth = len(options["block_out_channels"])
+    unet = UNet2DModel(
+        sample_size=size, in_channels=3, out_channels=3,
+        down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
+        **{"norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8, **options},
+    ).eval()  # fmt: skip
+    x = torch.randn(4, 3, *size)
+    student = quantize(unet, QuantConfig(8, 8), [700])
+    calibrate(student, {700: x})
+    frozen = freeze(student)
+    with torch.no_grad():
+        expected = frozen(x, 700).sample
+    actual = to_integer(frozen)(x, 700).sample
+    assert (actual - expected).square().mean().sqrt() < 3e-2 * expected.square().mean().sqrt()
+
+
+def test_layers_that_would_saturate_run_in_exact_float_and_are_named(frozen, buffer, use, monkeypatch):
+    use("oneDNN")
+    monkeypatch.setattr(integer, "sums_are_exact", lambda: False)
+    model = to_integer(frozen)
+    assert model.summary() == f"2 layers by exact float, {len(model.layers) - 2} layers by oneDNN (conv_in, conv_out)"
+    t = frozen.clock.timesteps[1]
+    with torch.no_grad():
+        expected = frozen(buffer.x[:, 1], t).sample
+    assert (model(buffer.x[:, 1], t).sample - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resnet_time_scale_shift": "scale_shift"}, 'time_embedding_norm "scale_shift" is not supported'),
+        ({"center_input_sample": True}, "unet: center_input_sample is not supported"),
+        ({"num_class_embeds": 3}, "unet: class conditioning is not supported"),
+        ({"act_fn": "gelu"}, "down_blocks.0.resnets.0: a GELU is not supported"),
+        ({"mid_block_scale_factor": 2.0}, "mid_block.* 2.0 is not supported"),
+        (
+            {"downsample_type": "resnet", "down_block_types": ("AttnDownBlock2D",) * 2},
+            "resampling inside a residual block is not supported",
+        ),
+        ({"down_block_types": ("SkipDownBlock2D",) * 2}, "a SkipDownBlock2D is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(options, message):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(16, 1, 1, block_out_channels=(16, 16), norm_num_groups=4, **blocks | options)
+    student = freeze(quantize(unet, QuantConfig(), [9]))
+    with pytest.raises(ValueError, match=message):
+        to_integer(student)
+
+
+def test_only_a_frozen_student_runs_on_integers(student):
+    with pytest.raises(ValueError, match=r"call quant\.freeze first"):
+        to_integer(student)
+
+
+def test_without_a_compiler_a_message_says_what_runs(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler: the integer layers run one by one, slower"):
+        assert integer.fused_operator.__wrapped__() is None
+
+
+def test_it_goes_into_diffusers_pipeline(frozen):
+    pipeline = DDIMPipeline(unet=to_integer(frozen), scheduler=make_scheduler(SamplerConfig("ddim", num_steps=6)))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(2, num_inference_steps=6, use_clipped_model_output=True, output_type="np").images
+    assert images.shape == (2, 28, 28, 1)
