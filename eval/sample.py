@@ -13,6 +13,7 @@ from torchvision.utils import save_image
 from ddpm_mnist.runs import prepare_output, progress, write_bytes
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, check_runtime, load_model
+from quant import IntegerUNet
 
 
 @dataclass
@@ -51,6 +52,8 @@ class SampleConfig(DrawConfig):
 
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     """The model's images uint8 (num_images, 28, 28) as `config` says, and the seconds that they took."""
+    if isinstance(model.denoiser, IntegerUNet):
+        print(f"{model.name} runs on integers: {model.denoiser.summary()}")
     start, device = time.monotonic(), model.denoiser.device
     with progress(f"sampling {model.name}", config.num_images) as advance:
         images = sample(model.denoiser, config, config.num_images, config.seed, config.batch_size, device, advance)

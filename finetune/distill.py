@@ -13,11 +13,14 @@ from ddpm_mnist.sampler import Solver
 from finetune.trajectories import Trajectories
 from quant import QuantizedUNet
 
+OBJECTIVES = ("rollout", "per-step", "per-step-in-order")
+
 
 @dataclass
 class DistillConfig:
     objective: str = "rollout"
-    """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7)."""
+    """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7), over
+    mixed timesteps; "per-step-in-order": one timestep per update, in the order of the denoising, as published."""
     num_updates: int = 400
     """Optimiser updates."""
     batch_size: int = 16
@@ -27,7 +30,9 @@ class DistillConfig:
     weighting: str = "sensitivity"
     """What each step's error counts in a rollout: "sensitivity", as it costs the image; "uniform", the same."""
     lr_adapters: float = 0.1
-    """Learning rate of A and B as a factor of the layer's mean weight step size (scale-aware, eq. 8)."""
+    """Learning rate of A and B as a factor of the mean weight step size: see scale_aware."""
+    scale_aware: bool = True
+    """Take that mean over each layer, for a learning rate of its own (eq. 8), or over the mean of all layers."""
     lr_weight_scales: float = 1e-3
     """Learning rate of the weight step sizes as a factor of the layer's mean one."""
     lr_act_scales: float = 5e-3
@@ -60,57 +65,57 @@ class DistillConfig:
             raise ValueError(f"max_grad_norm must be positive, not {self.max_grad_norm}")
 
 
-def per_step_loss(
-    student: QuantizedUNet,
-    solver: Solver,
-    buffer: Trajectories,
-    config: DistillConfig,
-    generator: torch.Generator,
-) -> Tensor:
-    """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over a batch of mixed trajectories and timesteps."""
-    who, step = _draw(buffer, 0, buffer.eps.shape[1], config.batch_size, generator)
+def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: int) -> tuple[Tensor, Tensor]:
+    """The trajectories and the steps, each long (batch_size,), that the update of that number looks at."""
+    generator, (count, num_steps) = update_generator(seed, update), buffer.eps.shape[:2]
+    who = torch.randint(count, (config.batch_size,), generator=generator)
+    if config.objective == "per-step-in-order":
+        step = torch.full_like(who, update % num_steps)
+    elif config.objective == "per-step":
+        step = torch.randint(num_steps, (config.batch_size,), generator=generator)
+    else:
+        # Windows that overlap an end are pushed inside: with starts drawn from the inside alone, the first and the
+        # last step of the sampler would be seen K times less than those in the middle, and the last makes the image.
+        step = torch.randint(1 - config.rollout_steps, num_steps, (config.batch_size,), generator=generator)
+        step = step.clamp(0, num_steps - config.rollout_steps)
+    return who.to(buffer.x.device), step.to(buffer.x.device)
+
+
+def per_step_loss(student: QuantizedUNet, solver: Solver, buffer: Trajectories, who: Tensor, step: Tensor) -> Tensor:
+    """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over the batch."""
     eps = student(buffer.x[who, step], solver.timesteps.to(step.device)[step]).sample
     return (eps - buffer.eps[who, step]).square().mean()
 
 
 def rollout_loss(
-    student: QuantizedUNet,
-    solver: Solver,
-    buffer: Trajectories,
-    config: DistillConfig,
-    generator: torch.Generator,
+    student: QuantizedUNet, solver: Solver, buffer: Trajectories, who: Tensor, step: Tensor, rollout_steps: int
 ) -> Tensor:
     """Σ_k w_k ‖x̂_k − x_k‖² / K along K student steps from a state of the teacher's trajectory, w the buffer's weights.
 
     Each sample of the batch starts at a step of its own. A solver with memory (DPM-Solver++) starts from the
     teacher's x0 of the step before, and hands on the student's own after that.
     """
-    last_start = buffer.eps.shape[1] - config.rollout_steps
-    who, step = _draw(buffer, 1 - config.rollout_steps, buffer.eps.shape[1], config.batch_size, generator)
-    # Windows that overlap an end are pushed inside: with starts drawn from the inside alone, the first and the
-    # last step of the sampler would be seen K times less than those in the middle, and the last makes the image.
-    step = step.clamp(0, last_start)
     before = (step - 1).clamp(min=0)
     x = buffer.x[who, step]
     x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.eps[who, before])
     timesteps = solver.timesteps.to(step.device)
     losses = []
     with student.shared_weights():
-        for _ in range(config.rollout_steps):
+        for _ in range(rollout_steps):
             x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
             x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
             losses.append((buffer.weights[step - 1] * (x - buffer.x[who, step]).square().mean((1, 2, 3))).mean())
     return torch.stack(losses).mean()
 
 
-OBJECTIVES = {"per-step": per_step_loss, "rollout": rollout_loss}
-
-
-def _draw(buffer: Trajectories, low: int, high: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` random trajectories, and for each a random step of low … high - 1."""
-    who = torch.randint(len(buffer.x), (count,), generator=generator)
-    step = torch.randint(low, high, (count,), generator=generator)
-    return who.to(buffer.x.device), step.to(buffer.x.device)
+def distillation_loss(
+    student: QuantizedUNet, solver: Solver, buffer: Trajectories, config: DistillConfig, seed: int, update: int
+) -> Tensor:
+    """The loss of the update of that number."""
+    who, step = draw_batch(config, buffer, seed, update)
+    if config.objective == "rollout":
+        return rollout_loss(student, solver, buffer, who, step, config.rollout_steps)
+    return per_step_loss(student, solver, buffer, who, step)
 
 
 def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict[str, Any]]:
@@ -127,10 +132,13 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
             learned = [parameter.requires_grad_() for parameter in parameters]
             groups.append({"name": name, "params": learned, "peak_lr": lr, "floor": floor})
 
+    scales = [layer.weight_quantizer.scale.mean().item() for _, layer in student.layers()]
+    common_scale = sum(scales) / len(scales)
     for name, layer in student.layers():
         weights, activations = layer.weight_quantizer, layer.act_quantizer
         weight_scale, act_scale = weights.scale.mean().item(), activations.scale.mean().item()
-        learn(f"{name}.lora", [layer.lora_a, layer.lora_b], config.lr_adapters * weight_scale)
+        lr_adapters = config.lr_adapters * (weight_scale if config.scale_aware else common_scale)
+        learn(f"{name}.lora", [layer.lora_a, layer.lora_b], lr_adapters)
         learn(
             f"{name}.weight_scale",
             [weights.scale],
@@ -168,11 +176,10 @@ def distill(
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds_before = state["update"], state["seconds"]
-    objective = OBJECTIVES[config.objective]
     start, losses = time.monotonic(), []
     with progress("distilling", config.num_updates, first) as advance:
         for update in range(first, config.num_updates):
-            loss = objective(student, solver, buffer, config, update_generator(seed, update))
+            loss = distillation_loss(student, solver, buffer, config, seed, update)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(learned, config.max_grad_norm)

@@ -14,11 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import update_generator
 from ddpm_mnist.sampler import SamplerConfig, Solver
 from ddpm_mnist.unet import make_noise_schedule
 from eval.models import load_model
-from finetune.distill import OBJECTIVES, DistillConfig, parameter_groups
+from finetune.distill import DistillConfig, distillation_loss, parameter_groups
 from finetune.pipeline import calibration_states
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, quantize
@@ -67,8 +66,7 @@ def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
 
     def student_updater(options: DistillConfig) -> Callable[[], None]:
         learned = [parameter for group in parameter_groups(student, options) for parameter in group["params"]]
-        objective, generator = OBJECTIVES[options.objective], update_generator(0, 0)
-        return updater(learned, lambda: objective(student, solver, buffer, options, generator))
+        return updater(learned, lambda: distillation_loss(student, solver, buffer, options, seed=0, update=0))
 
     batch, teacher = config.batch_size, list(unet.parameters())
     kinds = {  # each kind of distillation after the teacher's update that it is compared with

@@ -43,7 +43,7 @@ def calibrate(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
         for t in model.clock.timesteps:
             model(states[t], t)
     for quantizer, rows in values.items():
-        quantizer.initialise(torch.stack(rows))
+        quantizer.initialise(torch.stack(rows), model.quant_config.search)
     _correct_biases(model, states)
 
 

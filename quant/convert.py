@@ -33,11 +33,17 @@ class QuantConfig:
     """Bits of weights and inputs of the first and the last convolution and of the time embedding, 2…8."""
     rank: int = 8
     """Rank of the adapters of QALoRA."""
+    per_step: bool = True
+    """An activation step size and zero point for every denoising step (TALSQ), or one for all."""
+    search: str = "error"
+    """How step sizes begin: "error", the least squared error over a grid of ranges; "min-max", the whole range."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits", "edge_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise ValueError(f"{name} must lie in 2…8, not {getattr(self, name)}")
+        if self.search not in ("error", "min-max"):
+            raise ValueError(f'search must be "error" or "min-max", not "{self.search}"')
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
 
@@ -148,7 +154,7 @@ def quantize(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
     """
     model = _convert(unet, config, timesteps)
     for _, layer in model.layers():
-        layer.weight_quantizer.initialise(layer.weight)
+        layer.weight_quantizer.initialise(layer.weight, config.search)
     return model
 
 
@@ -192,7 +198,7 @@ def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
                 raise ValueError(f"{name}: a {type(module).__name__} cannot be quantized")
             continue
         bits = (config.edge_bits,) * 2 if module in edges else (config.weight_bits, config.act_bits)
-        unet.set_submodule(name, layer(module, *bits, config.rank, clock))
+        unet.set_submodule(name, layer(module, *bits, config.rank, clock, config.per_step))
     return QuantizedUNet(unet, config, clock).to(unet.device)
 
 

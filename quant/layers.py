@@ -29,7 +29,15 @@ class QuantLayer(nn.Module):
 
     codes: Tensor | None
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, weight_bits: int, act_bits: int, rank: int, clock: Clock):
+    def __init__(
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        weight_bits: int,
+        act_bits: int,
+        rank: int,
+        clock: Clock,
+        per_step: bool = True,
+    ):
         super().__init__()
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         bias = self.weight.new_zeros(len(self.weight)) if layer.bias is None else layer.bias.detach().clone()
@@ -40,7 +48,7 @@ class QuantLayer(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(channels, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.weight_quantizer = WeightQuantizer(weight_bits, channels)
-        self.act_quantizer = ActivationQuantizer(act_bits, clock)
+        self.act_quantizer = ActivationQuantizer(act_bits, clock, per_step)
         self.register_buffer("codes", None)
         self.shared_weight: Tensor | None = None
 
@@ -73,10 +81,10 @@ class QuantLayer(nn.Module):
 class QuantConv2d(QuantLayer):
     """x float (N, c_in, H, W) → (N, c_out, H', W')."""
 
-    def __init__(self, layer: nn.Conv2d, weight_bits: int, act_bits: int, rank: int, clock: Clock):
+    def __init__(self, layer: nn.Conv2d, *options: Any):
         if layer.padding_mode != "zeros":
             raise ValueError(f'only padding_mode "zeros" is supported, not "{layer.padding_mode}"')
-        super().__init__(layer, weight_bits, act_bits, rank, clock)
+        super().__init__(layer, *options)
         self.geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:

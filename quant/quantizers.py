@@ -45,7 +45,7 @@ class Clock:
         self._interval = None
 
     def read(self, table: Tensor) -> Tensor:
-        """The value of `table` (T,) for each sample, (N,), interpolated linearly between its rows.
+        """The value of `table` (T,) for each sample, (N,), interpolated linearly; a table (1,) serves every timestep.
 
         Raises:
             RuntimeError: the clock was not set.
@@ -53,6 +53,8 @@ class Clock:
         if self._interval is None:
             raise RuntimeError("the clock is not set: call the quantized model with (x, t), not its layers")
         below, above, fraction = self._interval
+        if len(table) == 1:
+            return table.expand(len(below))
         return torch.lerp(table[below], table[above], fraction.to(table.dtype))
 
     def __deepcopy__(self, memo: dict) -> "Clock":
@@ -77,10 +79,13 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(channels), persistent=False)
 
     @torch.no_grad()
-    def initialise(self, weight: Tensor) -> None:
-        """Search each channel's step size for the least squared error on `weight` (c_out, …)."""
+    def initialise(self, weight: Tensor, search: str = "error") -> None:
+        """Set each channel's step size from `weight` (c_out, …): see `QuantConfig.search`."""
         rows = weight.flatten(1)
         widest = rows.abs().amax(1).clamp(min=1e-8) / -self.qmin
+        if search == "min-max":
+            self.scale.copy_(rows.abs().amax(1).clamp(min=1e-8) / self.qmax)
+            return
         scales = WEIGHT_FRACTIONS.to(rows)[:, None] * widest
         scale, _ = _least_error(rows, scales, torch.zeros_like(scales), self.qmin, self.qmax)
         self.scale.copy_(scale)
@@ -109,21 +114,28 @@ class ActivationQuantizer(nn.Module):
     Args:
         bits: 2…8.
         clock: the model's clock; its T timesteps are the rows of the tables.
+        per_step: if false, one step size and zero point serve all timesteps.
     """
 
-    def __init__(self, bits: int, clock: Clock):
+    def __init__(self, bits: int, clock: Clock, per_step: bool = True):
         super().__init__()
         self.bits = bits
         self.clock = clock
         self.qmin, self.qmax = code_range(bits, signed=False)
-        self.scale = nn.Parameter(torch.ones(len(clock.timesteps)))
-        self.zero_point = nn.Parameter(torch.zeros(len(clock.timesteps)))
+        count = len(clock.timesteps) if per_step else 1
+        self.scale = nn.Parameter(torch.ones(count))
+        self.zero_point = nn.Parameter(torch.zeros(count))
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor) -> None:
-        """Search each denoising step's range for the least squared error on the values `rows` (T, M)."""
+    def initialise(self, rows: Tensor, search: str = "error") -> None:
+        """Set each denoising step's range from the values `rows` (T, M): see `QuantConfig.search`."""
+        rows = rows.view(len(self.scale), -1)
         low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
         widest = ((high - low) / self.qmax).clamp(min=1e-8)
+        if search == "min-max":
+            self.scale.copy_(widest)
+            self.zero_point.copy_((-low / widest).round())
+            return
         scales = RANGE_FRACTIONS.to(rows)[:, None, None] * widest
         zeros = (-low * TAIL_FRACTIONS.to(rows)[:, None] / scales).round()
         scales = scales.expand_as(zeros).flatten(0, 1)

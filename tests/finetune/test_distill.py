@@ -2,21 +2,20 @@ import contextlib
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm_mnist.runs import RunState, update_generator
+from ddpm_mnist.runs import RunState
 from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler
 from finetune.distill import (
     DistillConfig,
     distill,
+    distillation_loss,
+    draw_batch,
     learning_rate_factor,
     parameter_groups,
-    per_step_loss,
-    rollout_loss,
 )
 from finetune.sensitivity import step_sensitivity
 from finetune.trajectories import make_trajectories
@@ -37,25 +36,40 @@ class FloatStudent:
 def test_a_student_that_is_the_teacher_has_no_loss(unet, solver_name):
     solver = Solver(SamplerConfig(solver_name, 6))
     buffer = make_trajectories(unet, solver, count=4, seed=1)
-    for loss, steps in ((per_step_loss, 1), (rollout_loss, 1), (rollout_loss, 4), (rollout_loss, 6)):
-        config = DistillConfig(batch_size=32, rollout_steps=steps)
-        assert loss(FloatStudent(unet), solver, buffer, config, update_generator(0, 0)).item() < 1e-8
+    for objective, steps in (("per-step", 1), ("per-step-in-order", 1), ("rollout", 1), ("rollout", 4), ("rollout", 6)):
+        config = DistillConfig(objective, batch_size=32, rollout_steps=steps)
+        assert distillation_loss(FloatStudent(unet), solver, buffer, config, seed=0, update=3).item() < 1e-8
 
 
-def test_rollouts_see_every_step_equally_often(solver, buffer):
-    seen = []
-
-    class Recorder:
-        shared_weights = contextlib.nullcontext
-
-        def __call__(self, x, t):
-            seen.append(t)
-            return SimpleNamespace(sample=x)
-
-    rollout_loss(Recorder(), solver, buffer, DistillConfig(batch_size=4000, rollout_steps=3), update_generator(0, 0))
-    times, counts = torch.cat(seen).unique(return_counts=True)
-    assert times.tolist() == sorted(solver.timesteps.tolist())
+def test_rollouts_see_every_step_equally_often(buffer):
+    config = DistillConfig(batch_size=4000, rollout_steps=3)
+    _, start = draw_batch(config, buffer, seed=0, update=0)
+    steps, counts = torch.cat([start, start + 1, start + 2]).unique(return_counts=True)
+    assert steps.tolist() == list(range(6))
     assert counts.max() < 1.8 * counts.min()
+
+
+def test_in_order_an_update_sees_one_timestep_and_the_next_the_next(buffer):
+    config = DistillConfig("per-step-in-order", batch_size=5)
+    steps = [draw_batch(config, buffer, seed=0, update=update)[1].tolist() for update in range(7)]
+    assert steps == [[step] * 5 for step in (0, 1, 2, 3, 4, 5, 0)]
+
+
+def test_what_an_update_draws_is_a_function_of_the_seed_and_its_number(buffer):
+    def draw(seed, update):
+        return torch.stack(draw_batch(DistillConfig("per-step", batch_size=40), buffer, seed, update))
+
+    assert torch.equal(draw(1, 2), draw(1, 2))
+    assert not torch.equal(draw(1, 2), draw(1, 3))
+    assert not torch.equal(draw(1, 2), draw(2, 2))
+
+
+def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, solver, buffer):
+    losses = [
+        distillation_loss(student, solver, buffer, DistillConfig(batch_size=32, rollout_steps=k), 0, 0).item()
+        for k in (1, 5)
+    ]
+    assert 1e-6 < losses[0] < losses[1]
 
 
 def test_weights_say_how_an_error_grows_until_the_image(unet, student, solver, buffer):
@@ -81,20 +95,10 @@ def test_a_rollouts_errors_count_by_the_buffers_weights(student, solver, buffer)
     for step in range(6):
         buffer.weights = torch.zeros(6)
         buffer.weights[step] = 2.0
-        losses.append(rollout_loss(student, solver, buffer, config, update_generator(0, 0)).item())
+        losses.append(distillation_loss(student, solver, buffer, config, 0, 0).item())
     buffer.weights = torch.full((6,), 2.0)
     assert min(losses) > 0
-    assert sum(losses) == pytest.approx(rollout_loss(student, solver, buffer, config, update_generator(0, 0)).item())
-
-
-def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, solver, buffer):
-    losses = [
-        rollout_loss(
-            student, solver, buffer, DistillConfig(batch_size=32, rollout_steps=k), update_generator(0, 0)
-        ).item()
-        for k in (1, 5)
-    ]
-    assert 1e-6 < losses[0] < losses[1]
+    assert sum(losses) == pytest.approx(distillation_loss(student, solver, buffer, config, 0, 0).item())
 
 
 def test_the_buffers_noise_is_never_scored(unet, solver):
@@ -151,16 +155,21 @@ def test_what_is_learned_changes_and_nothing_else_does(student, solver, buffer, 
     assert all(name.endswith(learned) for name in trainable)
 
 
+def test_without_scale_awareness_all_layers_have_one_learning_rate(student):
+    groups = parameter_groups(student, DistillConfig(lr_adapters=0.5, scale_aware=False))
+    rates = {group["peak_lr"] for group in groups if group["name"].endswith(".lora")}
+    scales = [layer.weight_quantizer.scale.mean().item() for _, layer in student.layers()]
+    assert rates == {pytest.approx(0.5 * sum(scales) / len(scales))}
+
+
 @pytest.mark.parametrize("objective", ["per-step", "rollout"])
 def test_distillation_lowers_the_loss(student, solver, buffer, tmp_path, objective):
-    from finetune.distill import OBJECTIVES
-
     config = DistillConfig(objective, num_updates=40, batch_size=16, rollout_steps=3, warmup_updates=5)
 
     def loss():
         with torch.no_grad():
             probe = DistillConfig(objective, batch_size=256, rollout_steps=3)
-            return OBJECTIVES[objective](student, solver, buffer, probe, update_generator(9, 0)).item()
+            return distillation_loss(student, solver, buffer, probe, seed=9, update=0).item()
 
     start = loss()
     distill(student, solver, buffer, config, RunState(tmp_path, {}), seed=0)

@@ -115,7 +115,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
             "must not all be 0",
         ),
         (["--output", "pyproject.toml/x"], "cannot write pyproject.toml/x/log.jsonl: Not a directory"),
-        (["--distill.objective", "magic"], "objective must be one of per-step, rollout, not magic"),
+        (["--distill.objective", "magic"], "objective must be one of rollout, per-step, per-step-in-order, not magic"),
         (["--sampler.solver", "ddim", "--sampler.eta", "1"], "eta must be 0"),
         (["--sampler.num_steps", "4"], "distill.rollout_steps must be at most sampler.num_steps, 4"),
         (["--calibration_trajectories", "9999"], "calibration_trajectories must be at most num_trajectories"),

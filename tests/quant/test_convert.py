@@ -116,6 +116,28 @@ def test_calibration_runs_the_network_in_float(student, unet, buffer):
         assert 0.15 < scale.item() * 255 / (x.max() - x.min().clamp(max=0)).item() < 1.2
 
 
+def test_one_step_size_for_all_timesteps_where_talsq_is_off(unet, solver, buffer):
+    states = {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())}
+    student = quantize(unet, QuantConfig(per_step=False), solver.timesteps.tolist())
+    calibrate(student, states)
+    assert {layer.act_quantizer.scale.shape for _, layer in student.layers()} == {(1,)}
+    x, t = torch.cat([buffer.x[:2, 0], buffer.x[:2, 5]]), solver.timesteps[[0, 0, 5, 5]]
+    with torch.no_grad():
+        apart = torch.cat([student(x[:2], t[0]).sample, student(x[2:], t[2]).sample])
+        torch.testing.assert_close(student(x, t).sample, apart, rtol=0, atol=1e-5)
+
+
+def test_min_max_keeps_the_whole_range(unet, solver, buffer):
+    states = {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())}
+    student = quantize(unet, QuantConfig(search="min-max"), solver.timesteps.tolist())
+    calibrate(student, states)
+    layer = dict(student.layers())["conv_in"]
+    torch.testing.assert_close(layer.weight_quantizer.scale * 127, layer.weight.flatten(1).abs().amax(1))
+    ranges = torch.stack([x.amax() - x.amin() for x in states.values()])
+    # The range is that of some of the values.
+    assert ((layer.act_quantizer.scale * 255 / ranges - 1).abs() < 0.1).all()
+
+
 def test_a_student_goes_into_diffusers_pipeline(student):
     scheduler = make_scheduler(SamplerConfig("ddim", num_steps=6))
     pipeline = DDIMPipeline(unet=student, scheduler=scheduler)
