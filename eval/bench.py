@@ -53,6 +53,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must name sizes of at least 1, not {list(self.batch_sizes)}")
+        if self.output.suffix != ".json":
+            raise ValueError(f"output must end in .json, not {self.output}")
         if self.rounds < 1 or self.num_steps < 1 or self.threads < 0:
             raise ValueError("rounds and num_steps must be at least 1, threads at least 0")
 
@@ -86,6 +88,8 @@ def benchmark(config: BenchConfig) -> list[Row]:
     teacher, student = load_model(config.teacher).denoiser.cpu(), load_model(config.student).denoiser.cpu()
     if not isinstance(student, QuantizedUNet):
         raise InputError(f'"{config.student}" is no student: a run folder or a released student is needed')
+    if isinstance(teacher, QuantizedUNet):
+        raise InputError(f'the teacher must be of full precision, "{config.teacher}" is not')
     prepare_output(config.output)
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -177,8 +181,8 @@ def _convolutions(student: QuantizedUNet, batch_size: int, rounds: int) -> dict[
             totals[kind] += _median_seconds(step, rounds)
     return {
         "batch_size": batch_size,
-        "float_milliseconds": round(totals["float"] * 1e3, 2),
-        "integer_milliseconds": round(totals["integer"] * 1e3, 2),
+        "onednn_float_milliseconds": round(totals["float"] * 1e3, 2),
+        "onednn_integer_milliseconds": round(totals["integer"] * 1e3, 2),
         "ratio": round(totals["float"] / totals["integer"], 2),
         "multiply_accumulates": macs,
     }
@@ -188,11 +192,12 @@ def _integer_step(student: QuantizedUNet, batch_size: int, rounds: int) -> dict[
     """Where the integer student's time goes, and the least that its products would take at the machine's peak."""
     integer, x = to_integer(student), torch.randn(batch_size, 1, 28, 28)
     milliseconds = _median_seconds(partial(integer, x, 499), rounds) * 1e3
-    outside = float("nan")
+    outside = {}
     if integer.is_fused:
         integer.seconds = torch.zeros(2, dtype=torch.float64)
         integer(x, 499)
-        outside = (integer.seconds[0] / integer.seconds.sum()).item()
+        share = (integer.seconds[0] / integer.seconds.sum()).item()
+        outside["share_outside_integer_products"] = round(share, 3)
     macs = sum(row.macs for row in summarise(student, (1, 28, 28)) if row.kind != "attention products")
     layer = QuantConv2d(nn.Conv2d(256, 256, 3, padding=1), 4, 4, 1, Clock([0]))
     layer.freeze()
@@ -202,8 +207,8 @@ def _integer_step(student: QuantizedUNet, batch_size: int, rounds: int) -> dict[
     return {
         "batch_size": batch_size,
         "milliseconds": round(milliseconds, 2),
-        "share_outside_integer_products": round(outside, 3),
-        "peak_gmacs_per_second": round(peak / 1e9, 1),
+        **outside,
+        "onednn_peak_gmacs_per_second": round(peak / 1e9, 1),
         "milliseconds_at_peak": round(macs * batch_size / peak * 1e3, 2),
     }
 
@@ -218,20 +223,24 @@ def _median_seconds(step: Callable[[], Any], rounds: int) -> float:
 
 
 def _first_image(student: str) -> dict[str, float]:
-    """Seconds from the imports to the first integer image, in new processes: compiling, and from the cache."""
+    """Seconds beyond the imports, in new processes: to load the student, and from there to its first integer image."""
     script = (
-        "import sys, time, torch; from eval.models import load_model; from eval.sample import DrawConfig, draw; "
-        "start = time.perf_counter(); model = load_model(sys.argv[1], 'simulated'); loaded = time.perf_counter(); "
-        "draw(load_model(sys.argv[1], 'integer'), DrawConfig(num_images=1)); "
+        "import sys, time; from eval.models import load_model, runnable, Model; "
+        "from eval.sample import DrawConfig, draw; start = time.perf_counter(); "
+        "student = load_model(sys.argv[1], 'simulated').denoiser; loaded = time.perf_counter(); "
+        "draw(Model('student', runnable(student, 'integer')), DrawConfig(num_images=1)); "
         "print(loaded - start, time.perf_counter() - loaded)"
     )
+    runs = []
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TORCH_EXTENSIONS_DIR": cache}
-        runs = [
-            subprocess.run([sys.executable, "-c", script, student], env=environment, capture_output=True, text=True)
-            for _ in range(2)
-        ]
-    (_, compiling), (loading, cached) = (map(float, run.stdout.split()[-2:]) for run in runs)
+        for _ in range(2):
+            command = [sys.executable, "-c", script, student]
+            run = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if run.returncode:
+                raise InputError(f"{student} does not run on integers: {run.stderr.splitlines()[-1]}")
+            runs.append([float(number) for number in run.stdout.split()[-2:]])
+    (_, compiling), (loading, cached) = runs
     return {"load": round(loading, 2), "compiling": round(compiling, 2), "from_cache": round(cached, 2)}
 
 
@@ -266,7 +275,7 @@ def _markdown(rows: list[Row], content: dict[str, Any]) -> str:
         "",
         "| runtime | model | "
         + " | ".join(f"ms, batch {size} | to integers" for size in sizes)
-        + " | images/s | MiB |",
+        + f" | images/s, batch {sizes[-1]} | MiB |",
         "|---|---|" + "---:|" * (2 * len(sizes) + 2),
     ]
     for runtime, model in dict.fromkeys((row.runtime, row.model) for row in rows):

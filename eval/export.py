@@ -37,8 +37,9 @@ def export(config: ExportConfig) -> Path:
     if packed and not isinstance(model.denoiser, QuantizedUNet):
         raise InputError(f'"{config.model}" is of full precision: only a student has codes to pack')
     path = config.output / ("model.safetensors" if packed else "model.onnx")
-    if path.exists():
-        raise InputError(f"{path} exists: choose another output")
+    for existing in (path, config.output / "config.json"):
+        if existing.exists():
+            raise InputError(f"{existing} exists: choose another output")
     prepare_output(path)
     if packed:
         model.denoiser.save_pretrained(config.output)

@@ -33,6 +33,7 @@ def step_sensitivity(
             x, x0_prev, denoiser = solver.advance(step, x, x0, x0_prev), x0, teacher
             if number == first:
                 error = (x - buffer.x[:count, number + 1]).square().mean()
-        amplification.append((x - buffer.x[:count, -1]).square().mean() / error)
+        # A student that equals its teacher makes no error, which does not grow.
+        amplification.append((x - buffer.x[:count, -1]).square().mean() / error.clamp(min=1e-12))
     weights = torch.stack(amplification)
     return weights / weights.mean()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quant.convert import QuantizedUNet
 from quant.quantizers import ActivationQuantizer, WeightQuantizer
 
-# Values of each layer and denoising step that the search for a range looks at.
+# Values of each layer and denoising step that the search for a range looks at: the extremes, and a random sample.
 VALUES_PER_STEP = 16_384
 
 # States of each denoising step that the correction of the biases looks at; all steps go through together.
@@ -22,7 +22,8 @@ def calibrate(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
     """Initialise `model`'s activation step sizes and zero points from each step's own activations; correct its biases.
 
     Quantization shifts the mean of a layer's output. Each bias takes the shift back (arXiv 1906.04721, section
-    4.2), layer after layer, so that a layer sees inputs that are corrected already.
+    4.2), layer after layer, so that a layer sees inputs that are corrected already. To be called once: a second call
+    would take the corrected biases for the float network's.
 
     Args:
         states: for each of the clock's timesteps t, states x_t float (N, C, H, W).
@@ -36,8 +37,8 @@ def calibrate(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
 
     def collect(quantizer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
         flat = inputs[0].flatten()
-        index = torch.randint(flat.numel(), (VALUES_PER_STEP,), generator=torch.Generator().manual_seed(0))
-        values[quantizer].append(flat[index.to(flat.device)])
+        index = torch.randint(flat.numel(), (VALUES_PER_STEP - 2,), generator=torch.Generator().manual_seed(0))
+        values[quantizer].append(torch.cat([flat[index.to(flat.device)], torch.stack(flat.aminmax())]))
 
     with _in_float(model), _hooks(values, collect):
         for t in model.clock.timesteps:

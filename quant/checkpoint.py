@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -31,7 +30,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, i
     packed = {name: pack(x, bits[name]) if name in bits else x.cpu().contiguous() for name, x in tensors.items()}
     weights = save_tensors(packed)
     codes = {name: {"bits": width, "shape": list(tensors[name].shape)} for name, width in bits.items()}
-    content = {"format": FORMAT, **config, "codes": codes, "sha256": hashlib.sha256(weights).hexdigest()}
+    content = {"format": FORMAT, **config, "codes": codes}
+    content["sha256"] = _digest(content, weights)
     beside = folder / ".partial"  # a file is whole or not there
     beside.write_bytes(weights)
     beside.replace(folder / WEIGHTS)
@@ -49,12 +49,15 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if config.get("format") != FORMAT:
         raise ValueError(f"{CONFIG} is of format {config.get('format')}, this version reads format {FORMAT}")
     weights = (folder / WEIGHTS).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != config["sha256"]:
-        raise ValueError(f"{WEIGHTS} is truncated or altered: its SHA-256 is not the one in {CONFIG}")
-    try:
-        tensors = load_tensors(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{WEIGHTS} is no safetensors file: {error}") from error
+    if _digest(config, weights) != config.get("sha256"):
+        raise ValueError(f"{WEIGHTS} or {CONFIG} is truncated or altered: their SHA-256 is not the one that was saved")
+    tensors = load_tensors(weights)
     for name, code in config["codes"].items():
         tensors[name] = unpack(tensors[name], code["bits"], code["shape"])
     return tensors, config
+
+
+def _digest(config: dict[str, Any], weights: bytes) -> str:
+    """SHA-256 of a checkpoint: of its configuration, but for this digest, and its weights."""
+    rest = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode() + weights).hexdigest()

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quant.checkpoint import read_checkpoint, write_checkpoint
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
-from quant.quantizers import Clock
+from quant.quantizers import SMALLEST, Clock
 
 # The tables of an activation quantizer, by their names in the state dict.
 ACT_TABLES = ("scale", "zero_point")
@@ -53,6 +54,9 @@ class QuantizedUNet(nn.Module):
 
     Sets the clock from t in each forward; samples of one batch may have different t. For a t between two of
     `clock.timesteps` step sizes and zero points are interpolated.
+
+    Attributes:
+        eps_offset: float (T,), zeros at first: a number that is added to eps at each timestep.
     """
 
     def __init__(self, unet: UNet2DModel, config: QuantConfig, clock: Clock):
@@ -60,13 +64,16 @@ class QuantizedUNet(nn.Module):
         self.unet = unet
         self.quant_config = config
         self.clock = clock
+        self.eps_offset = nn.Parameter(torch.zeros(len(clock.timesteps)), requires_grad=False)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, sample: Tensor, timestep: Tensor | float, return_dict: bool = True) -> Any:
         self.clock.set(torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0]))
         try:
-            return self.unet(sample, timestep, *args, **kwargs)
+            (eps,) = self.unet(sample, timestep, return_dict=False)
+            eps = eps + self.clock.read(self.eps_offset).view(-1, 1, 1, 1)
         finally:
             self.clock.unset()
+        return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
     # diffusers' pipelines ask a denoiser for these three.
     @property
@@ -106,7 +113,8 @@ class QuantizedUNet(nn.Module):
             ValueError: the model is not frozen.
         """
         bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in self.layers()}
-        tensors = {name: x.half() if x.is_floating_point() else x for name, x in self.unet.state_dict().items()}
+        state = {**self.unet.state_dict(), "eps_offset": self.eps_offset}
+        tensors = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
         if not bits.keys() <= tensors.keys():
             raise ValueError("only a frozen model has its weights as codes: call quant.freeze first")
         for table in ACT_TABLES:  # one tensor for all layers: a tensor's entry in the file is longer than T numbers
@@ -127,14 +135,19 @@ class QuantizedUNet(nn.Module):
             ValueError: a file is truncated, altered, of another format, or does not fit the other.
         """
         tensors, config = read_checkpoint(Path(folder))
-        unet = UNet2DModel.from_config(config["unet"])
-        model = freeze(_convert(unet, QuantConfig(**config["quantization"]), config["timesteps"]))
-        for table in ACT_TABLES:
-            rows = tensors.pop(f"act_quantizers.{table}")
-            tensors |= {
-                f"{name}.act_quantizer.{table}": row for (name, _), row in zip(model.layers(), rows, strict=True)
-            }
-        model.unet.load_state_dict(tensors)
+        try:
+            unet = UNet2DModel.from_config(config["unet"])
+            model = freeze(_convert(unet, QuantConfig(**config["quantization"]), config["timesteps"]))
+            for table in ACT_TABLES:
+                rows = tensors.pop(f"act_quantizers.{table}")
+                tensors |= {
+                    f"{name}.act_quantizer.{table}": row for (name, _), row in zip(model.layers(), rows, strict=True)
+                }
+            model.eps_offset.copy_(tensors.pop("eps_offset"))
+            model.unet.load_state_dict(tensors)
+        except (KeyError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"config.json and model.safetensors do not fit each other: {reason}") from error
         return model
 
 
@@ -166,6 +179,8 @@ def freeze(model: QuantizedUNet) -> QuantizedUNet:
     """
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     for _, layer in frozen.layers():
+        for quantizer in (layer.weight_quantizer, layer.act_quantizer):
+            quantizer.scale.clamp_(min=SMALLEST)
         _round_to_half(layer.weight_quantizer)
         layer.freeze()
     _round_to_half(frozen)

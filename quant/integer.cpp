@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 namespace {
@@ -27,7 +28,6 @@ using at::Tensor;
 
 constexpr int64_t kLanes = 16;
 using Floats = __m512;
-using Ints = __m512i;
 
 inline Floats all(float x) { return _mm512_set1_ps(x); }
 
@@ -366,6 +366,7 @@ Tensor run(const Tensor& sample, const Tensor& instructions, at::TensorList weig
   const int64_t n = sample.size(0), h = sample.size(2), w = sample.size(3), count = instructions.size(0);
   TORCH_CHECK(sample.is_contiguous(at::MemoryFormat::ChannelsLast), "run: sample must be channels-last");
   TORCH_CHECK(instructions.size(1) * sizeof(int64_t) == sizeof(Instruction), "run: instructions do not fit");
+  TORCH_CHECK(sample.size(1) == instructions.const_data_ptr<int64_t>()[4], "run: channels do not fit");
   const auto* program = reinterpret_cast<const Instruction*>(instructions.const_data_ptr<int64_t>());
   const double* steps = quantizers.const_data_ptr<double>();
   std::vector<Convolution> convolutions;
@@ -408,7 +409,7 @@ Tensor run(const Tensor& sample, const Tensor& instructions, at::TensorList weig
         } else {
           const Norm norm{norm_weights[line.norm].const_data_ptr<float>(), norm_biases[line.norm].const_data_ptr<float>(),
                           norm_groups[line.norm], norm_eps[line.norm]};
-          const State skip{states.data() + line.skip, line.skip_channels};
+          const State skip{line.skip < 0 ? nullptr : states.data() + line.skip, line.skip_channels};
           norm(x, skip, pixels, line.kind == kNormSilu, quantizer, codes.data());
         }
         const auto middle = Clock::now();

@@ -9,10 +9,12 @@ compiler, the same program runs line by line, with oneDNN's integer operators, w
 between them.
 """
 
+import copy
 import hashlib
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections import Counter
 from functools import cache
@@ -90,11 +92,14 @@ def fused_operator() -> Any:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which is not needed
     from torch.utils.cpp_extension import load
 
-    # The code is for this processor; another one that shares the cache compiles its own.
-    processor = hashlib.sha256(repr(sorted(torch.cpu.get_capabilities().items())).encode()).hexdigest()[:8]
+    # A build is for this processor, this torch and this source: whatever else shares the cache makes its own.
     flags = ["-O3", "-march=native", "-fopenmp", "-Wno-psabi"]
+    build = (sorted(torch.cpu.get_capabilities().items()), torch.__version__, flags, SOURCE.read_text())
+    name = f"efficientdm_{hashlib.sha256(repr(build).encode()).hexdigest()[:12]}"
+    # `ninja` lies beside the interpreter, which need not be on the path.
+    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
     try:
-        load(f"efficientdm_{processor}", [str(SOURCE)], extra_cflags=flags, is_python_module=False)
+        load(name, [str(SOURCE)], extra_cflags=flags, is_python_module=False)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"{SOURCE.name}: {reason}; the integer layers run one by one, slower", stacklevel=2)
@@ -132,7 +137,7 @@ class IntegerLayer:
         self.groups: int = groups
         if isinstance(padding, str):
             raise ValueError(f'{name}: padding "{padding}" is not supported on integers, only numbers')
-        self.number, self.name, self.source = number, name, layer
+        self.number, self.name = number, name
         self.stride, self.dilation, (y, x) = (_pair(value) for value in (stride, dilation, padding))
         self.padding = [y, x, y + pad_end, x + pad_end]
         self.in_channels, self.kernel = codes.shape[1] * self.groups, codes.shape[2:]
@@ -196,6 +201,7 @@ class Program:
     Attributes:
         instructions: in the order of execution.
         shapes: of each state, channels, height, width.
+        last_used: for each instruction the states that no later one needs.
         placed: the instructions int64 (I, 13), states as offsets into the `memory` floats of a thread.
     """
 
@@ -235,11 +241,16 @@ class Program:
         """Append an instruction; the number of its target."""
         integer, target = self._layers[layer], len(self.shapes)
         channels, height, width = self._sample if source < 0 else self.shapes[source]
+        if skip >= 0 and self.shapes[skip][1:] != (height, width):
+            raise ValueError(f"{integer.name}: a skip of {self.shapes[skip][1:]} pixels meets {(height, width)}")
         skip_channels = 0 if skip < 0 else self.shapes[skip][0]
         numbers = integer.number, -1 if norm is None else self._norms[norm]
         states = source, channels, skip, skip_channels, residual, target
         self.instructions.append(Instruction(kind, *numbers, *states, height, width, factor, heads))
-        self.shapes.append((integer.out_channels, *integer.output_size(height * factor, width * factor)))
+        shape = (integer.out_channels, *integer.output_size(height * factor, width * factor))
+        if min(shape) < 1 or (residual >= 0 and self.shapes[residual] != shape):
+            raise ValueError(f"{integer.name}: images of {self._sample} are too small or do not divide")
+        self.shapes.append(shape)
         return target
 
     def _residual(self, block: Any, x: int, skip: int = -1) -> int:
@@ -262,6 +273,10 @@ class Program:
         last_use = {
             state: at for at, line in enumerate(self.instructions) for state in (line.source, line.skip, line.residual)
         }
+        last_use.pop(-1)
+        self.last_used = [
+            [state for state, use in last_use.items() if use == at] for at in range(len(self.instructions))
+        ]
         offsets, live, memory = {-1: -1}, set[int](), 0
         size = {state: channels * height * width for state, (channels, height, width) in enumerate(self.shapes)}
         for at, line in enumerate(self.instructions):
@@ -347,7 +362,9 @@ class IntegerUNet(nn.Module):
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
     def _denoise(self, x: Tensor, t: float) -> Tensor:
-        height, width = x.shape[2:]
+        channels, height, width = x.shape[1:]
+        if channels != self.config.in_channels:
+            raise ValueError(f"the sample must have {self.config.in_channels} channels, not {channels}")
         if (height, width) not in self._programs:
             self._programs[height, width] = Program(self.student.unet, self.layers, self.norms, height, width)
         program = self._programs[height, width]
@@ -363,6 +380,7 @@ class IntegerUNet(nn.Module):
         biases = {layer: layer.bias.detach() for layer in self.layers}
         self.clock.set(timestep)
         try:
+            biases[unet.conv_out] = biases[unet.conv_out] + self.clock.read(self.student.eps_offset)
             quantizers = [_read_quantizer(layer.act_quantizer) for layer in self.layers]
             # The time embedding becomes a part of the bias of each block's first convolution.
             emb = unet.time_embedding(unet.time_proj(timestep))
@@ -393,7 +411,7 @@ class IntegerUNet(nn.Module):
 
     def _run_line_by_line(self, program: Program, moment: "Moment", x: Tensor) -> Tensor:
         layers, states = list(self.layers.values()), {-1: x}
-        for line in program.instructions:
+        for number, line in enumerate(program.instructions):
             quantizer = moment.quantizers[line.layer]
             source = states[line.source]
             if line.kind in (NORM, NORM_SILU):
@@ -409,6 +427,8 @@ class IntegerUNet(nn.Module):
             codes = codes.repeat_interleave(line.factor, 2).repeat_interleave(line.factor, 3)
             y = layers[line.layer](codes, quantizer, moment.biases[line.layer])
             states[line.target] = y if line.residual < 0 else y.add_(states[line.residual])
+            for state in program.last_used[number]:
+                del states[state]
         return states[-1]
 
 
@@ -425,7 +445,7 @@ def to_integer(student: QuantizedUNet) -> IntegerUNet:
     Raises:
         ValueError: the student is not frozen, or has a part that is not supported, by its name.
     """
-    return IntegerUNet(student)
+    return IntegerUNet(copy.deepcopy(student).cpu())
 
 
 def _read_quantizer(quantizer: ActivationQuantizer) -> Quantizer:

@@ -65,6 +65,8 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def freeze(self) -> None:
         """Merge the adapters for good, and keep the weight as codes."""
+        if self.codes is not None:
+            return
         self.codes = self.weight_quantizer.quantize(self.merged_weight())
         del self.weight, self.lora_a, self.lora_b
         self.requires_grad_(False)

@@ -13,6 +13,9 @@ RANGE_FRACTIONS = torch.linspace(0.2, 1.1, 37)
 # Fractions of the negative part of a range that it keeps: SiLU's shallow tail is often better given up.
 TAIL_FRACTIONS = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
 
+# No step size is smaller: half precision, in which step sizes are saved, still holds it.
+SMALLEST = torch.finfo(torch.half).tiny
+
 
 class Clock:
     """Where in the denoising each sample of the running batch stands.
@@ -82,9 +85,9 @@ class WeightQuantizer(nn.Module):
     def initialise(self, weight: Tensor, search: str = "error") -> None:
         """Set each channel's step size from `weight` (c_out, …): see `QuantConfig.search`."""
         rows = weight.flatten(1)
-        widest = rows.abs().amax(1).clamp(min=1e-8) / -self.qmin
+        widest = rows.abs().amax(1).clamp(min=SMALLEST) / -self.qmin
         if search == "min-max":
-            self.scale.copy_(rows.abs().amax(1).clamp(min=1e-8) / self.qmax)
+            self.scale.copy_(rows.abs().amax(1).clamp(min=SMALLEST) / self.qmax)
             return
         scales = WEIGHT_FRACTIONS.to(rows)[:, None] * widest
         scale, _ = _least_error(rows, scales, torch.zeros_like(scales), self.qmin, self.qmax)
@@ -131,7 +134,7 @@ class ActivationQuantizer(nn.Module):
         """Set each denoising step's range from the values `rows` (T, M): see `QuantConfig.search`."""
         rows = rows.view(len(self.scale), -1)
         low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
-        widest = ((high - low) / self.qmax).clamp(min=1e-8)
+        widest = ((high - low) / self.qmax).clamp(min=SMALLEST)
         if search == "min-max":
             self.scale.copy_(widest)
             self.zero_point.copy_((-low / widest).round())

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
@@ -58,28 +60,80 @@ def test_a_sampling_on_integers_is_the_simulations(frozen, use, way):
 
 
 @fused
-def test_codes_that_enter_each_layer_are_the_simulations(frozen, buffer):
-    """Line by line from equal inputs: codes differ only where a float lies on the border between two."""
+def test_plain_quantization_rounds_as_the_simulation(frozen, buffer):
+    """The inputs of every layer in the simulation: no code differs."""
     model, t = to_integer(frozen), frozen.clock.timesteps[2]
     model(buffer.x[:, 2], t)
-    inputs, step = {}, model._moments[t]
-    hooks = [layer.register_forward_pre_hook(lambda at, x: inputs.update({at: x[0]})) for layer in model.layers]
+    inputs, step = [], model._moments[t]
+    names = {layer.name for layer in model.layers.values()}
+    layers = [layer for name, layer in frozen.layers() if name in names]
+    hooks = [layer.register_forward_pre_hook(lambda at, x: inputs.append((layers.index(at), x[0]))) for layer in layers]
     with torch.no_grad():
         frozen(buffer.x[:, 2], t)
     for hook in hooks:
         hook.remove()
-    flips = total = 0
-    for number, layer in enumerate(model.layers):
-        x = inputs[layer]
+    assert len(inputs) == len(layers)
+    for number, x in inputs:
         x = x.transpose(1, 2)[..., None] if x.dim() == 3 else x
         quantizer = step.quantizers[number]
-        expected = functional.quantize(
-            x, torch.tensor(quantizer.scale), torch.tensor(quantizer.zero_point), 0, quantizer.qmax
-        )
-        codes = run_line(Instruction(0, 0, -1, -1, x.shape[1], -1, 0, -1, -1, *x.shape[2:], 1, 0), x, quantizer)
-        flips += (codes != expected).sum().item()
-        total += codes.numel()
-    assert flips == 0, "plain quantization rounds the same floats"
+        scale, zero_point = torch.tensor(quantizer.scale), torch.tensor(quantizer.zero_point)
+        expected = functional.quantize(x, scale, zero_point, 0, quantizer.qmax)
+        line = Instruction(0, 0, -1, -1, x.shape[1], -1, 0, -1, -1, *x.shape[2:], 1, 0)
+        assert torch.equal(run_line(line, x, quantizer), expected)
+
+
+@fused
+def test_every_line_of_the_program_makes_the_codes_of_torch(frozen, buffer, use):
+    """The program up to each line, fused and line by line: a float on a code's border may round the other way."""
+    fast = to_integer(frozen)
+    use("oneDNN")
+    slow = to_integer(frozen)
+    x, t = buffer.x[:, 2].contiguous(memory_format=torch.channels_last), frozen.clock.timesteps[2]
+    slow(x, t), fast(x, t)
+    (program,), (other,), moment = fast._programs.values(), slow._programs.values(), fast._moments[t]
+    instructions, placed = other.instructions, program.placed
+    unequal = 0
+    for count in range(1, len(instructions) + 1):
+        other.instructions = [*instructions[: count - 1], instructions[count - 1]._replace(target=-1)]
+        program.placed = placed[:count].clone()
+        program.placed[-1, Instruction._fields.index("target")] = -1
+        expected = slow._run_line_by_line(other, moment, x)
+        actual = fast._run_fused(program, moment, x)
+        assert actual.shape == expected.shape
+        error = (actual - expected).abs()
+        assert error.mean() < 0.02 * expected.abs().mean(), instructions[count - 1]
+        unequal += (error > 1e-5 * expected.abs().max()).float().mean().item()
+    assert unequal / len(instructions) < 0.2
+
+
+def test_states_that_are_needed_at_once_do_not_overlap(frozen, buffer):
+    model = to_integer(frozen)
+    model(buffer.x[:1, 0], 999)
+    (program,) = model._programs.values()
+    names = ("source", "skip", "residual")
+    reads = [[getattr(line, name) for name in names] for line in program.instructions]
+    where = {-1: None} | {
+        line.target: placed[Instruction._fields.index("target")]
+        for line, placed in zip(program.instructions, program.placed.tolist(), strict=True)
+    }
+    for at, line in enumerate(program.instructions):
+        needed = {state for later in reads[at:] for state in later} & {old.target for old in program.instructions[:at]}
+        needed.add(line.target)
+        spans = []
+        for state in needed - {-1}:
+            channels, height, width = program.shapes[state]
+            spans.append((where[state], where[state] + channels * height * width))
+        spans.sort()
+        assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
+        assert spans == [] or spans[-1][1] <= program.memory
+
+
+@pytest.mark.parametrize(("channels", "size"), [(2, (28, 28)), (1, (27, 27)), (1, (1, 1))])
+@pytest.mark.parametrize("way", WAYS)
+def test_images_that_do_not_fit_are_refused(frozen, use, way, channels, size):
+    use(way)
+    with pytest.raises(ValueError, match=r"must have 1 channels|do not divide|meets"):
+        to_integer(frozen)(torch.randn(1, channels, *size), 999)
 
 
 def run_line(line, x, quantizer, norm=None):
