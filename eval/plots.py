@@ -1,7 +1,8 @@
 """The pictures: each function makes one matplotlib figure."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from einops import rearrange
 from matplotlib.figure import Figure
@@ -49,4 +50,18 @@ def step_sizes(names: Sequence[str], timesteps: Sequence[int], scales: Tensor) -
     axis.set_xticks(range(len(timesteps)), [str(t) for t in timesteps], fontsize=6, rotation=90)
     axis.set_xlabel("timestep t, noise on the left, image on the right")
     figure.colorbar(picture, label="log₂(step size / layer's mean)")
+    return figure
+
+
+def scores_chart(scores: Sequence[Mapping[str, Any]]) -> Figure:
+    """FID of each model, as bars on a logarithmic axis; the first is the teacher, whose FID is the line to reach."""
+    figure = Figure(figsize=(7, 0.6 + 0.28 * len(scores)), layout="constrained")
+    axis = figure.subplots()
+    names = [f"{score['model']} · W{score['weight_bits']}A{score['act_bits']}" for score in scores[1:]]
+    bars = axis.barh(["teacher", *names], [score["fid"] for score in scores], color=["black", *["C0"] * len(names)])
+    axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axis.axvline(scores[0]["fid"], color="black", linewidth=0.8, linestyle="--")
+    axis.set(xscale="log", xlabel=f"FID at {scores[0]['num_images']:,} images")
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
     return figure

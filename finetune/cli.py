@@ -22,6 +22,7 @@ COMMANDS = {
     "distill": Command(
         "finetune.pipeline", "distill_student", "RunConfig", "Make a student, without scores, grid and report"
     ),
+    "ladder": Command("finetune.ladder", "climb", "LadderConfig", "What each technique gives, and what each bit costs"),
     "sample": Command("eval.sample", "write_samples", "SampleConfig", "Draw images with a model"),
     "fid": Command("eval.fid", "print_fid", "FidConfig", "Score a model: FID, KID, Inception score and more"),
     "grid": Command("eval.grid", "draw_models", "GridConfig", "Draw a row of images per model, from the same noise"),

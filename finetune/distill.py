@@ -22,7 +22,7 @@ class DistillConfig:
     """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7), over
     mixed timesteps; "per-step-in-order": one timestep per update, in the order of the denoising, as published."""
     num_updates: int = 400
-    """Optimiser updates."""
+    """Optimiser updates; 0 leaves the calibrated student as it is."""
     batch_size: int = 16
     """Trajectories ("rollout") or states ("per-step") per update."""
     rollout_steps: int = 5
@@ -53,7 +53,9 @@ class DistillConfig:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective}")
         if self.weighting not in ("sensitivity", "uniform"):
             raise ValueError(f"weighting must be sensitivity or uniform, not {self.weighting}")
-        for name in ("num_updates", "batch_size", "rollout_steps", "log_every", "save_every"):
+        if self.num_updates < 0:
+            raise ValueError(f"num_updates must not be negative, not {self.num_updates}")
+        for name in ("batch_size", "rollout_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("lr_adapters", "lr_weight_scales", "lr_act_scales", "lr_zero_points", "warmup_updates"):

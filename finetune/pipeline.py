@@ -184,7 +184,7 @@ def run(config: RunConfig) -> Path:
     write_report(
         config.output / "report.html",
         title=f"{models[-1].bits} student, distilled without data",
-        facts=_facts(config, made.seconds, log[-1]["seconds"]),
+        facts=_facts(config, made.seconds, log[-1]["seconds"] if log else 0.0),
         scores=scores,
         layers=layers,
         config=(config.output / "config.yaml").read_text(),
