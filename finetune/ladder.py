@@ -18,8 +18,8 @@ from eval.sample import DrawConfig, draw
 from finetune.pipeline import RunConfig, distill_student
 
 TEACHER = "teacher"
-NO_TRAINING = {"distill.num_updates": 0, "match_means": False}
-PER_STEP = {"distill.objective": "per-step", "match_means": False}
+NO_TRAINING = {"distill.num_updates": 0}
+PER_STEP = {"distill.objective": "per-step"}
 
 # What each rung changes of the base, in the order of the table; the full method is the base itself.
 RUNGS: dict[str, dict[str, Any]] = {
@@ -30,8 +30,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     "scale-aware": {**PER_STEP, "student.per_step": False},
     "talsq": PER_STEP,
     "in-order": {**PER_STEP, "distill.objective": "per-step-in-order"},
-    "rollout-uniform": {"distill.weighting": "uniform", "match_means": False},
-    "rollout": {"match_means": False},
+    "rollout-uniform": {"distill.weighting": "uniform"},
     "full": {},
     **{
         f"w{weight_bits}a{act_bits}": {"student.weight_bits": weight_bits, "student.act_bits": act_bits}

@@ -19,7 +19,6 @@ from eval.models import Model, check_runtime, device, load_model, runnable
 from eval.plots import image_grid, loss_curve, step_sizes, to_png
 from eval.report import write_report
 from eval.sample import DrawConfig, draw
-from finetune.correct import match_means
 from finetune.distill import DistillConfig, distill
 from finetune.sensitivity import step_sensitivity
 from finetune.trajectories import MAX_SEED, MAX_TRAJECTORIES, Trajectories, make_trajectories
@@ -42,8 +41,6 @@ class RunConfig:
     calibration_trajectories: int = 64
     """How many of them the calibration of the activations looks at."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    match_means: bool = True
-    """After calibration, and again after training, take back the mean error of every denoising step."""
     num_images: int = 2000
     """Images to score each model on."""
     score_seed: int = 0
@@ -114,8 +111,6 @@ def distill_student(config: RunConfig) -> Made:
     torch.manual_seed(config.seed)
     ptq = quantize(teacher.denoiser, config.student, solver.timesteps.tolist()).to(device())
     calibrate(ptq, calibration_states(buffer, solver, config.calibration_trajectories))
-    if config.match_means:
-        match_means(ptq, solver, buffer, config.batch_size)
     stopwatch.lap("calibration")
 
     if config.distill.objective == "rollout" and config.distill.weighting == "sensitivity":
@@ -123,8 +118,6 @@ def distill_student(config: RunConfig) -> Made:
         stopwatch.lap("sensitivity")
     student = copy.deepcopy(ptq)
     distill(student, solver, buffer, config.distill, run, config.seed)
-    if config.match_means:
-        match_means(student, solver, buffer, config.batch_size)
     stopwatch.lap("distillation")
     student = freeze(student)
     student.save_pretrained(config.output)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -54,9 +53,6 @@ class QuantizedUNet(nn.Module):
 
     Sets the clock from t in each forward; samples of one batch may have different t. For a t between two of
     `clock.timesteps` step sizes and zero points are interpolated.
-
-    Attributes:
-        eps_offset: float (T,), zeros at first: a number that is added to eps at each timestep.
     """
 
     def __init__(self, unet: UNet2DModel, config: QuantConfig, clock: Clock):
@@ -64,16 +60,13 @@ class QuantizedUNet(nn.Module):
         self.unet = unet
         self.quant_config = config
         self.clock = clock
-        self.eps_offset = nn.Parameter(torch.zeros(len(clock.timesteps)), requires_grad=False)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, return_dict: bool = True) -> Any:
+    def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         self.clock.set(torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0]))
         try:
-            (eps,) = self.unet(sample, timestep, return_dict=False)
-            eps = eps + self.clock.read(self.eps_offset).view(-1, 1, 1, 1)
+            return self.unet(sample, timestep, *args, **kwargs)
         finally:
             self.clock.unset()
-        return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
     # diffusers' pipelines ask a denoiser for these three.
     @property
@@ -113,8 +106,7 @@ class QuantizedUNet(nn.Module):
             ValueError: the model is not frozen.
         """
         bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in self.layers()}
-        state = {**self.unet.state_dict(), "eps_offset": self.eps_offset}
-        tensors = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+        tensors = {name: x.half() if x.is_floating_point() else x for name, x in self.unet.state_dict().items()}
         if not bits.keys() <= tensors.keys():
             raise ValueError("only a frozen model has its weights as codes: call quant.freeze first")
         for table in ACT_TABLES:  # one tensor for all layers: a tensor's entry in the file is longer than T numbers
@@ -143,7 +135,6 @@ class QuantizedUNet(nn.Module):
                 tensors |= {
                     f"{name}.act_quantizer.{table}": row for (name, _), row in zip(model.layers(), rows, strict=True)
                 }
-            model.eps_offset.copy_(tensors.pop("eps_offset"))
             model.unet.load_state_dict(tensors)
         except (KeyError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[-1].strip()

@@ -77,9 +77,6 @@ class _OnnxClock:
     def unset(self) -> None:
         del self.t
 
-    def read(self, table: Tensor) -> Tensor:
-        return table[self.t]
-
 
 class _OnnxActivationQuantizer(nn.Module):
     """Looks up step size and zero point, interpolated beforehand for every training timestep."""
@@ -118,7 +115,6 @@ def _with_onnx_quantizers(student: QuantizedUNet, num_train_timesteps: int) -> Q
     for _, layer in student.layers():
         layer.act_quantizer = _OnnxActivationQuantizer(layer.act_quantizer, clock)  # type: ignore[assignment]
         layer.weight_quantizer = _OnnxWeightQuantizer(layer.weight_quantizer.scale)  # type: ignore[assignment]
-    student.eps_offset = nn.Parameter(student.clock.read(student.eps_offset), requires_grad=False)
     student.clock = clock  # type: ignore[assignment]
     return student
 

@@ -380,7 +380,6 @@ class IntegerUNet(nn.Module):
         biases = {layer: layer.bias.detach() for layer in self.layers}
         self.clock.set(timestep)
         try:
-            biases[unet.conv_out] = biases[unet.conv_out] + self.clock.read(self.student.eps_offset)
             quantizers = [_read_quantizer(layer.act_quantizer) for layer in self.layers]
             # The time embedding becomes a part of the bias of each block's first convolution.
             emb = unet.time_embedding(unet.time_proj(timestep))

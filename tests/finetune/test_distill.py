@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from ddpm_mnist.runs import RunState
 from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler
-from finetune.correct import match_means
 from finetune.distill import (
     DistillConfig,
     distill,
@@ -88,18 +87,6 @@ def test_weights_say_how_an_error_grows_until_the_image(unet, student, solver, b
     growth = (x - buffer.x[:, 6]).square().mean() / error
     # The last entry is an error of the image itself, which does not grow.
     assert (weights[3] / weights[5]).item() == pytest.approx(growth.item(), rel=1e-3)
-
-
-def test_matched_means_are_those_of_the_teachers_trajectories(student, solver, buffer):
-    """Against diffusers' own scheduler, from the buffer's noise: the mean of every state."""
-    match_means(student, solver, buffer, batch_size=3)
-    assert student.eps_offset.abs().min() > 0
-    scheduler, x, errors = make_scheduler(SamplerConfig(num_steps=6)), buffer.x[:, 0], []
-    with torch.no_grad():
-        for step, t in enumerate(scheduler.timesteps):
-            x = scheduler.step(student(x, t).sample, t, x).prev_sample
-            errors.append((x.mean() - buffer.x[:, step + 1].mean()).abs().item())
-    assert max(errors) < 1e-4
 
 
 def test_a_rollouts_errors_count_by_the_buffers_weights(student, solver, buffer):
