@@ -36,7 +36,7 @@ class RunConfig:
     """Seeds the adapters, the noise of the buffer and, with the update's number, what an update draws."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     student: QuantConfig = field(default_factory=QuantConfig)
-    num_trajectories: int = 256
+    num_trajectories: int = 2048
     """Trajectories of the teacher in the buffer."""
     calibration_trajectories: int = 64
     """How many of them the calibration of the activations looks at."""

@@ -84,6 +84,24 @@ def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_without_updates_the_student_is_the_calibrated_one(config_path, tmp_path):
+    run_command("prog", run, RunConfig, ["--config", str(config_path), "--distill.num_updates", "0"])
+    _, ptq, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (ptq["fid"], ptq["mse_to_teacher"]) == (student["fid"], student["mse_to_teacher"])
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_student_is_scored_on_integers_unless_told_otherwise(config_path, tmp_path):
+    arguments = ["--config", str(config_path)]
+    run_command("prog", run, RunConfig, arguments)
+    run_command("prog", run, RunConfig, [*arguments, "--runtime", "simulated", "--output", str(tmp_path / "simulated")])
+    scores = [json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("run", "simulated")]
+    assert [score["runtime"] for score in scores[0]] == ["float", "integer", "integer"]
+    assert [score["runtime"] for score in scores[1]] == ["float", "simulated", "simulated"]
+    for ours, theirs in zip(*scores, strict=True):
+        assert ours["mse_to_teacher"] == pytest.approx(theirs["mse_to_teacher"], rel=0.1)
+
+
 def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path, capsys):
     arguments = ["--config", str(config_path)]
     run_command("prog", run, RunConfig, arguments)
