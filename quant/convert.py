@@ -136,7 +136,7 @@ class QuantizedUNet(nn.Module):
                     f"{name}.act_quantizer.{table}": row for (name, _), row in zip(model.layers(), rows, strict=True)
                 }
             model.unet.load_state_dict(tensors)
-        except (KeyError, RuntimeError, TypeError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise ValueError(f"config.json and model.safetensors do not fit each other: {reason}") from error
         return model

@@ -319,7 +319,7 @@ class IntegerUNet(nn.Module):
         # Without padding of its own, diffusers' downsampling fills up below and to the right.
         filled = {module.conv for module in modules if isinstance(module, Downsample2D) and module.padding == 0}
         named = [(name, layer) for name, layer in student.layers() if layer not in once]
-        self.is_fused = fused_operator() is not None and all(_groups(layer) == 1 for _, layer in named)
+        self._fused: Any = fused_operator() if all(_groups(layer) == 1 for _, layer in named) else None
         self.layers: Layers = {
             layer: IntegerLayer(number, name, layer, int(layer in filled), self.is_fused)
             for number, (name, layer) in enumerate(named)
@@ -330,6 +330,11 @@ class IntegerUNet(nn.Module):
         self.seconds: Tensor | None = None
         self._programs: dict[tuple[int, int], Program] = {}
         self._moments: dict[float, Moment] = {}
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `integer.cpp` runs the program."""
+        return self._fused is not None
 
     # diffusers' pipelines ask a denoiser for these three.
     @property
@@ -391,7 +396,7 @@ class IntegerUNet(nn.Module):
 
     def _run_fused(self, program: Program, moment: "Moment", x: Tensor) -> Tensor:
         layers = list(self.layers.values())
-        return fused_operator()(
+        return self._fused(
             x,
             program.placed,
             [layer.weight for layer in layers],
