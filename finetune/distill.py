@@ -33,11 +33,11 @@ class DistillConfig:
     """Learning rate of A and B as a factor of the mean weight step size: see scale_aware."""
     scale_aware: bool = True
     """Take that mean over each layer, for a learning rate of its own (eq. 8), or over the mean of all layers."""
-    lr_weight_scales: float = 3e-3
+    lr_weight_scales: float = 5e-3
     """Learning rate of the weight step sizes as a factor of the layer's mean one."""
-    lr_act_scales: float = 3e-2
+    lr_act_scales: float = 5e-2
     """Learning rate of the activation step sizes as a factor of the layer's mean one."""
-    lr_zero_points: float = 5e-2
+    lr_zero_points: float = 1e-1
     """Learning rate of the zero points in codes."""
     warmup_updates: int = 20
     """Updates over which the learning rates rise; they fall to zero along a cosine from there."""
