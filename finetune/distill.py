@@ -179,6 +179,13 @@ def distill(
         optimizer.load_state_dict(state["optimizer"])
         first, seconds_before = state["update"], state["seconds"]
     start, losses = time.monotonic(), []
+
+    def save(update: int, seconds: float) -> None:
+        saved = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+        run.save({**saved, "update": update, "seconds": seconds})
+
+    if config.num_updates == 0:
+        save(0, 0.0)
     with progress("distilling", config.num_updates, first) as advance:
         for update in range(first, config.num_updates):
             loss = distillation_loss(student, solver, buffer, config, seed, update)
@@ -201,8 +208,7 @@ def distill(
                 run.log(update=done, loss=mean, learning_rate_factor=factor, seconds=seconds)
                 advance(done, f"loss {mean:.5f}")
             if done % config.save_every == 0 or last:
-                saved = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-                run.save({**saved, "update": done, "seconds": seconds})
+                save(done, seconds)
 
 
 @torch.no_grad()

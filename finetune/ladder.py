@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ddpm_mnist import InputError
-from ddpm_mnist.runs import write_bytes, write_json, write_text
+from ddpm_mnist.runs import RunState, write_bytes, write_json, write_text
 from eval.fid import score_images
 from eval.grid import fid_label, row_label
 from eval.models import Model, load_model, runnable
 from eval.plots import image_grid, scores_chart, to_png
 from eval.sample import DrawConfig, draw
-from finetune.pipeline import RunConfig, distill_student
+from finetune.pipeline import RunConfig, distill_student, fingerprint
 
 TEACHER = "teacher"
 NO_TRAINING = {"distill.num_updates": 0}
@@ -76,7 +76,9 @@ def climb(config: LadderConfig) -> Path:
     for name in config.rungs:
         run = rung_config(config.base, name, config.output / name)
         metrics = run.output / "metrics.json"
-        if not metrics.exists():
+        if metrics.exists():
+            RunState(run.output, fingerprint(run, teacher))  # refuses a rung of other settings
+        else:
             student = runnable(distill_student(run).student, run.runtime)
             model = Model(name, student, run.student.weight_bits, run.student.act_bits)
             images, seconds = _images(run.output, model, drawing)

@@ -97,7 +97,7 @@ def distill_student(config: RunConfig) -> Made:
     teacher = load_model(config.teacher)
     if teacher.weight_bits != 32:
         raise InputError(f'the teacher must be of full precision, "{config.teacher}" is {teacher.bits}')
-    run = RunState(config.output, _fingerprint(config, teacher))
+    run = RunState(config.output, fingerprint(config, teacher))
     save_config(config, config.output / "config.yaml")
     solver = Solver(config.sampler)
     stopwatch = _Stopwatch()
@@ -190,7 +190,7 @@ def run(config: RunConfig) -> Path:
     return config.output
 
 
-def _fingerprint(config: RunConfig, teacher: Model) -> dict:
+def fingerprint(config: RunConfig, teacher: Model) -> dict:
     """What decides the student: its part of the configuration, and the teacher's very weights."""
     fields = dataclasses.asdict(config)
     for free in ("output", "teacher", "num_images", "score_seed", "grid_columns", "runtime"):

@@ -15,8 +15,8 @@ def step_sensitivity(
 
     At each step alone the student takes the teacher's place, and the teacher denoises what comes out to the end;
     entry k is the squared error of the image over that of the state after step k, means over the first `count`
-    trajectories. An error of the first half is amplified up to a hundred times more than one of the last steps,
-    though it is the smaller: it decides which digit appears, and with how much ink.
+    trajectories. An error of the first half grows some ten times as much as one of the last steps, though it is the
+    smaller: it decides which digit appears, and with how much ink.
     """
     count = min(count, len(buffer.x))
     num_steps = buffer.eps.shape[1]

@@ -253,8 +253,8 @@ struct Convolution {
               const Tensor& weight_scale, const Tensor& bias, double scale, double zero_point)
       : in_channels(geometry[0]), stride_y(geometry[1]), stride_x(geometry[2]), dilation_y(geometry[3]),
         dilation_x(geometry[4]), top(geometry[5]), left(geometry[6]), bottom(geometry[7]), right(geometry[8]),
-        channels(weight.size(3) * 4), height(top + h + bottom), width(left + w + right), kernel_height(weight.size(1)), kernel_width(weight.size(2)),
-        out_channels(weight_scale.numel()),
+        channels(weight.size(3) * 4), height(top + h + bottom), width(left + w + right),
+        kernel_height(weight.size(1)), kernel_width(weight.size(2)), out_channels(weight_scale.numel()),
         out_height((height - dilation_y * (kernel_height - 1) - 1) / stride_y + 1),
         out_width((width - dilation_x * (kernel_width - 1) - 1) / stride_x + 1),
         result_height(out_height), result_width(out_width), weight(weight.const_data_ptr<int8_t>()),
@@ -272,7 +272,8 @@ struct Convolution {
   // kPixels neighbours of one row times kBlocks blocks of 16 output channels, in registers from start to end.
   // Not inlined, for in `run` GCC would no longer keep the sums in registers.
   template <int kPixels, int kBlocks>
-  __attribute__((noinline)) void tile(const uint8_t* image, int64_t y, int64_t x, int64_t block, const float* residual, float* out) const {
+  __attribute__((noinline)) void tile(const uint8_t* image, int64_t y, int64_t x, int64_t block,
+                                      const float* residual, float* out) const {
     const int64_t quads = channels / 4, block_size = kernel_height * kernel_width * quads * 64;
     const int8_t* w = weight + block * block_size;
     __m512i sums[kPixels][kBlocks];
@@ -407,8 +408,8 @@ Tensor run(const Tensor& sample, const Tensor& instructions, at::TensorList weig
           for (int64_t head = 0; head < line.heads; ++head)
             attend(x.data + head * size, quantizer, codes.data() + head * size);
         } else {
-          const Norm norm{norm_weights[line.norm].const_data_ptr<float>(), norm_biases[line.norm].const_data_ptr<float>(),
-                          norm_groups[line.norm], norm_eps[line.norm]};
+          const Norm norm{norm_weights[line.norm].const_data_ptr<float>(),
+                          norm_biases[line.norm].const_data_ptr<float>(), norm_groups[line.norm], norm_eps[line.norm]};
           const State skip{line.skip < 0 ? nullptr : states.data() + line.skip, line.skip_channels};
           norm(x, skip, pixels, line.kind == kNormSilu, quantizer, codes.data());
         }

@@ -81,6 +81,13 @@ class Quantizer(NamedTuple):
     qmax: int
 
 
+class Moment(NamedTuple):
+    """What the layers need to know of a timestep, in their order."""
+
+    quantizers: list[Quantizer]
+    biases: list[Tensor]
+
+
 @cache
 def fused_operator() -> Any:
     """The operator of `integer.cpp`, compiled the first time on a machine; None where it cannot run."""
@@ -380,7 +387,7 @@ class IntegerUNet(nn.Module):
         moment, x = self._moments[t], x.contiguous(memory_format=torch.channels_last)
         return self._run_fused(program, moment, x) if self.is_fused else self._run_line_by_line(program, moment, x)
 
-    def _moment(self, t: float) -> "Moment":
+    def _moment(self, t: float) -> Moment:
         unet, timestep = self.student.unet, torch.tensor([t])
         biases = {layer: layer.bias.detach() for layer in self.layers}
         self.clock.set(timestep)
@@ -394,7 +401,7 @@ class IntegerUNet(nn.Module):
             self.clock.unset()
         return Moment(quantizers, list(biases.values()))
 
-    def _run_fused(self, program: Program, moment: "Moment", x: Tensor) -> Tensor:
+    def _run_fused(self, program: Program, moment: Moment, x: Tensor) -> Tensor:
         layers = list(self.layers.values())
         return self._fused(
             x,
@@ -413,7 +420,7 @@ class IntegerUNet(nn.Module):
             self.seconds,
         )
 
-    def _run_line_by_line(self, program: Program, moment: "Moment", x: Tensor) -> Tensor:
+    def _run_line_by_line(self, program: Program, moment: Moment, x: Tensor) -> Tensor:
         layers, states = list(self.layers.values()), {-1: x}
         for number, line in enumerate(program.instructions):
             quantizer = moment.quantizers[line.layer]
@@ -434,13 +441,6 @@ class IntegerUNet(nn.Module):
             for state in program.last_used[number]:
                 del states[state]
         return states[-1]
-
-
-class Moment(NamedTuple):
-    """What the layers need to know of a timestep, in their order."""
-
-    quantizers: list[Quantizer]
-    biases: list[Tensor]
 
 
 def to_integer(student: QuantizedUNet) -> IntegerUNet:

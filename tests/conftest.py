@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_mnist.sampler import SamplerConfig, Solver
-from ddpm_mnist.unet import UNetConfig, make_unet
+from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, quantize
 
@@ -36,3 +36,16 @@ def student(unet, solver, buffer):
     model = quantize(unet, QuantConfig(rank=2), solver.timesteps.tolist())
     calibrate(model, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
     return model
+
+
+@pytest.fixture
+def write_config(unet, tmp_path):
+    """Write a configuration whose {teacher} is `unet` in a folder, and whose {output} lies beside it; its path."""
+
+    def write(text, output):
+        save_teacher(unet, tmp_path / "teacher")
+        path = tmp_path / f"{output}.yaml"
+        path.write_text(text.format(teacher=tmp_path / "teacher", output=tmp_path / output))
+        return path
+
+    return write

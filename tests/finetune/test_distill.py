@@ -165,7 +165,7 @@ def test_without_scale_awareness_all_layers_have_one_learning_rate(student):
 
 @pytest.mark.parametrize("objective", ["per-step", "rollout"])
 def test_distillation_lowers_the_loss(student, solver, buffer, tmp_path, objective):
-    config = DistillConfig(objective, num_updates=40, batch_size=16, rollout_steps=3, warmup_updates=5)
+    config = DistillConfig(objective, num_updates=100, batch_size=16, rollout_steps=3, warmup_updates=5)
 
     def loss():
         with torch.no_grad():
@@ -174,7 +174,7 @@ def test_distillation_lowers_the_loss(student, solver, buffer, tmp_path, objecti
 
     start = loss()
     distill(student, solver, buffer, config, RunState(tmp_path, {}), seed=0)
-    assert loss() < 0.96 * start
+    assert loss() < 0.9 * start
 
 
 def test_a_step_size_stays_positive(student, solver, buffer, tmp_path):

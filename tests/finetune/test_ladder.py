@@ -4,7 +4,6 @@ import matplotlib.image
 import pytest
 
 from ddpm_mnist.command import run_command
-from ddpm_mnist.unet import save_teacher
 from finetune.ladder import RUNGS, LadderConfig, climb, rung_config
 from finetune.pipeline import RunConfig
 
@@ -24,11 +23,8 @@ base:
 
 
 @pytest.fixture
-def config_path(unet, tmp_path):
-    save_teacher(unet, tmp_path / "teacher")
-    path = tmp_path / "ladder.yaml"
-    path.write_text(SMALL.format(teacher=tmp_path / "teacher", output=tmp_path / "ladder"))
-    return path
+def config_path(write_config):
+    return write_config(SMALL, "ladder")
 
 
 def test_the_ladder_writes_a_table_a_chart_and_a_picture(config_path, tmp_path, capsys):
@@ -49,6 +45,16 @@ def test_the_ladder_writes_a_table_a_chart_and_a_picture(config_path, tmp_path, 
     run_command("prog", climb, LadderConfig, arguments)
     assert (folder / "talsq" / "model.safetensors").stat().st_mtime_ns == before
     assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][1:] == ["talsq", "rollout-uniform"]
+
+
+def test_a_finished_rung_of_other_settings_is_refused(config_path, capsys):
+    arguments = ["--config", str(config_path), "--rungs"]
+    for rung in ("ptq-min-max", "full"):
+        run_command("prog", climb, LadderConfig, [*arguments, f'["{rung}"]'])
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", climb, LadderConfig, [*arguments, f'["{rung}"]', "--base.student.rank", "3"])
+        assert caught.value.code == 2
+        assert "was begun with student = " in capsys.readouterr().err
 
 
 def test_every_rung_is_a_configuration_of_its_own(tmp_path):

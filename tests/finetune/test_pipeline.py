@@ -25,11 +25,8 @@ distill: {{num_updates: 3, batch_size: 4, rollout_steps: 2, log_every: 1}}
 
 
 @pytest.fixture
-def config_path(unet, tmp_path):
-    save_teacher(unet, tmp_path / "teacher")
-    path = tmp_path / "small.yaml"
-    path.write_text(SMALL.format(teacher=tmp_path / "teacher", output=tmp_path / "run"))
-    return path
+def config_path(write_config):
+    return write_config(SMALL, "run")
 
 
 def test_the_main_job_leaves_a_whole_run_folder(config_path, tmp_path, capsys):
@@ -85,7 +82,8 @@ def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
 
 
 def test_without_updates_the_student_is_the_calibrated_one(config_path, tmp_path):
-    run_command("prog", run, RunConfig, ["--config", str(config_path), "--distill.num_updates", "0"])
+    for _ in range(2):  # the second time from the state of the first
+        run_command("prog", run, RunConfig, ["--config", str(config_path), "--distill.num_updates", "0"])
     _, ptq, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (ptq["fid"], ptq["mse_to_teacher"]) == (student["fid"], student["mse_to_teacher"])
     assert (tmp_path / "run" / "report.html").is_file()
@@ -137,6 +135,9 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
         (["--sampler.solver", "ddim", "--sampler.eta", "1"], "eta must be 0"),
         (["--sampler.num_steps", "4"], "distill.rollout_steps must be at most sampler.num_steps, 4"),
         (["--calibration_trajectories", "9999"], "calibration_trajectories must be at most num_trajectories"),
+        (["--runtime", "magic"], 'runtime must be integer or simulated, not "magic"'),
+        (["--student.search", "magic"], 'search must be "error" or "min-max", not "magic"'),
+        (["--distill.num_updates", "-1"], "num_updates must not be negative, not -1"),
         (["--teacher", "nobody"], 'no model "nobody"'),
     ],
 )
