@@ -85,6 +85,10 @@ class Solver:
         alpha, sigma = (_per_sample(table, step, x) for table in (self._alpha, self._sigma))
         return ((x - sigma * eps) / alpha).clamp(-1, 1)
 
+    def add_noise(self, step: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        """The state of `x0` at `step` long (N,) under the noise `eps`; x0 and eps float (N, C, H, W)."""
+        return _per_sample(self._alpha, step, x0) * x0 + _per_sample(self._sigma, step, x0) * eps
+
     def advance(self, step: Tensor, x: Tensor, x0: Tensor, x0_prev: Tensor, z: Tensor | None = None) -> Tensor:
         """The state after `step` long (N,); at step 0 the value of `x0_prev` does not count."""
         a, b, c, s = (_per_sample(column, step, x) for column in self.coefficients.T)
@@ -177,6 +181,11 @@ def sample(
         done += len(seeds)
         progress(done)
     return torch.cat(images)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images uint8 (N, 28, 28) → float (N, 1, 28, 28) in [-1, 1]."""
+    return rearrange(images, "n h w -> n 1 h w").float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:

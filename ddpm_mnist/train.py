@@ -15,7 +15,7 @@ from torchvision.utils import save_image
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_mnist
 from ddpm_mnist.runs import RunState, progress, update_generator
-from ddpm_mnist.sampler import SamplerConfig, sample
+from ddpm_mnist.sampler import SamplerConfig, sample, to_float
 from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
 
 
@@ -85,7 +85,7 @@ def draw_batch(images: Tensor, batch_size: int, seed: int, update: int, rank: in
     """
     generator = update_generator(seed, update, rank)
     index = torch.randint(len(images), (batch_size,), generator=generator)
-    x0 = rearrange(images[index], "n h w -> n 1 h w").float() / 127.5 - 1
+    x0 = to_float(images[index])
     eps = torch.randn(x0.shape, generator=generator)
     t = torch.randint(1000, (batch_size,), generator=generator)
     return x0, eps, t

@@ -1,12 +1,14 @@
 """The pictures: each function makes one matplotlib figure."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from eval.table import Row
 
 
 def to_png(figure: Figure) -> bytes:
@@ -53,15 +55,73 @@ def step_sizes(names: Sequence[str], timesteps: Sequence[int], scales: Tensor) -
     return figure
 
 
-def scores_chart(scores: Sequence[Mapping[str, Any]]) -> Figure:
-    """FID of each model, as bars on a logarithmic axis; the first is the teacher, whose FID is the line to reach."""
-    figure = Figure(figsize=(7, 0.6 + 0.28 * len(scores)), layout="constrained")
+def rungs_chart(rows: Sequence[Row]) -> Figure:
+    """FID of each row as a bar on a logarithmic axis; the dashed line is the first row's, the teacher's."""
+    figure = Figure(figsize=(7, 0.6 + 0.24 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    names = [f"{score['model']} · W{score['weight_bits']}A{score['act_bits']}" for score in scores[1:]]
-    bars = axis.barh(["teacher", *names], [score["fid"] for score in scores], color=["black", *["C0"] * len(names)])
+    fids = [row.fid for row in rows]
+    names = [f"{row.name} · {row.bits}" for row in rows]
+    colors = ["black" if row.bits == "32" else "C0" for row in rows]
+    bars = axis.barh(names, fids, xerr=[0 if math.isnan(row.spread) else row.spread for row in rows], color=colors)
     axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    axis.axvline(scores[0]["fid"], color="black", linewidth=0.8, linestyle="--")
-    axis.set(xscale="log", xlabel=f"FID at {scores[0]['num_images']:,} images")
+    axis.axvline(fids[0], color="black", linewidth=0.8, linestyle="--")
+    axis.set(xscale="log", xlabel="FID")
+    axis.tick_params(axis="y", labelsize=8)
     axis.invert_yaxis()
-    axis.margins(x=0.15)
+    axis.margins(x=0.15, y=0.01)
+    return figure
+
+
+def bits_chart(rows: Sequence[Row]) -> Figure:
+    """FID over the bits of a product, weight bits times activation bits; baselines and single parts as grey points."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axis = figure.subplots()
+    for row in rows:
+        if row.bits == "32" or row.num_steps != rows[0].num_steps:
+            continue
+        weight_bits, act_bits = (int(part) for part in row.bits[1:].split("A"))
+        whole = row.name in ("full", row.bits.lower())
+        spread = 0 if math.isnan(row.spread) else row.spread
+        color, size = ("C0", 6) if whole else ("0.6", 3)
+        axis.errorbar(weight_bits * act_bits, row.fid, yerr=spread, fmt="o", color=color, markersize=size)
+        label, size = (row.bits, 9) if whole else (row.name, 5)
+        axis.annotate(label, (weight_bits * act_bits, row.fid), (4, 3), textcoords="offset points", fontsize=size)
+    axis.axhline(rows[0].fid, color="black", linewidth=0.8, linestyle="--", label="teacher, full precision")
+    axis.set(xscale="log", yscale="log", xlabel="weight bits × activation bits", ylabel="FID")
+    axis.legend()
+    return figure
+
+
+def cost_chart(rows: Sequence[Row]) -> Figure:
+    """FID over milliseconds per image: the teacher in several numbers of steps as a line, students as points."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axis = figure.subplots()
+    teacher = sorted((row for row in rows if row.bits == "32"), key=lambda row: row.num_steps)
+    axis.plot([row.milliseconds for row in teacher], [row.fid for row in teacher], "o-", color="black", label="teacher")
+    # Of the students of the base's number of steps, those that are the full method at their bits.
+    for row in rows:
+        if row.bits != "32" and (row.num_steps != rows[0].num_steps or row.name in ("full", row.bits.lower())):
+            axis.plot(row.milliseconds, row.fid, "o", color="C0")
+            label = f"{row.name} {row.bits}"
+            axis.annotate(label, (row.milliseconds, row.fid), (4, 3), textcoords="offset points", fontsize=6)
+    for row in teacher:
+        label = f"{row.num_steps} steps"
+        axis.annotate(label, (row.milliseconds, row.fid), (4, 3), textcoords="offset points", fontsize=7)
+    axis.set(xscale="log", yscale="log", xlabel="milliseconds per image", ylabel="FID")
+    axis.legend()
+    return figure
+
+
+def errors_chart(paths: Mapping[str, Tensor]) -> Figure:
+    """Mean squared distance to the first entry's states over the steps; each (N, T + 1, 1, H, W), of the same noise."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    (_, teacher), *others = paths.items()
+    for number, (name, x) in enumerate(others):
+        errors = (x - teacher).square().mean((0, 2, 3, 4))
+        axis.plot(
+            range(1, len(errors)), errors[1:], label=name, linewidth=1, linestyle=("-", "--", ":")[number // 10 % 3]
+        )
+    axis.set(xlabel="denoising step", ylabel="mean squared distance to the teacher's state", yscale="log")
+    axis.legend(fontsize=6, ncols=2)
     return figure

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,35 +10,40 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_mnist.runs import RunState, progress, update_generator
-from ddpm_mnist.sampler import Solver
+from ddpm_mnist.sampler import Solver, to_float
 from finetune.trajectories import Trajectories
 from quant import QuantizedUNet
 
-OBJECTIVES = ("rollout", "per-step", "per-step-in-order")
+OBJECTIVES = ("rollout", "per-step", "per-step-in-order", "denoising")
 
 
 @dataclass
 class DistillConfig:
     objective: str = "rollout"
     """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7), over
-    mixed timesteps; "per-step-in-order": one timestep per update, in the order of the denoising, as published."""
+    mixed timesteps; "per-step-in-order": one timestep per update, in the order of the denoising, as published.
+    "denoising": the teacher's own training loss on MNIST instead (needs the data), to compare with."""
+    learn: str = "adapters"
+    """"adapters": B·A beside the frozen weights (QALoRA). "weights": all weights, biases and normalisations."""
     num_updates: int = 400
     """Optimiser updates; 0 leaves the calibrated student as it is."""
-    batch_size: int = 16
+    batch_size: int = 40
     """Trajectories ("rollout") or states ("per-step") per update."""
-    rollout_steps: int = 5
+    rollout_steps: int = 2
     """K, the student's steps per rollout, at most the sampler's."""
     weighting: str = "sensitivity"
     """What each step's error counts in a rollout: "sensitivity", as it costs the image; "uniform", the same."""
-    lr_adapters: float = 0.1
+    lr_adapters: float = 3e-2
     """Learning rate of A and B as a factor of the mean weight step size: see scale_aware."""
     scale_aware: bool = True
     """Take that mean over each layer, for a learning rate of its own (eq. 8), or over the mean of all layers."""
-    lr_weight_scales: float = 5e-3
+    lr_weights: float = 0.02
+    """Learning rate of the weights as a factor of the same mean, if they are what is learned."""
+    lr_weight_scales: float = 1e-3
     """Learning rate of the weight step sizes as a factor of the layer's mean one."""
-    lr_act_scales: float = 5e-2
+    lr_act_scales: float = 5e-3
     """Learning rate of the activation step sizes as a factor of the layer's mean one."""
-    lr_zero_points: float = 1e-1
+    lr_zero_points: float = 1e-2
     """Learning rate of the zero points in codes."""
     warmup_updates: int = 20
     """Updates over which the learning rates rise; they fall to zero along a cosine from there."""
@@ -51,6 +57,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective}")
+        if self.learn not in ("adapters", "weights"):
+            raise ValueError(f"learn must be adapters or weights, not {self.learn}")
         if self.weighting not in ("sensitivity", "uniform"):
             raise ValueError(f"weighting must be sensitivity or uniform, not {self.weighting}")
         if self.num_updates < 0:
@@ -58,20 +66,24 @@ class DistillConfig:
         for name in ("batch_size", "rollout_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr_adapters", "lr_weight_scales", "lr_act_scales", "lr_zero_points", "warmup_updates"):
+        rates = [name for name in vars(self) if name.startswith("lr_")]
+        for name in (*rates, "warmup_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.lr_adapters + self.lr_weight_scales + self.lr_act_scales + self.lr_zero_points == 0:
-            raise ValueError("lr_adapters, lr_weight_scales, lr_act_scales and lr_zero_points must not all be 0")
+        idle = "lr_weights" if self.learn == "adapters" else "lr_adapters"
+        if all(getattr(self, name) == 0 for name in rates if name != idle):
+            raise ValueError(f"{', '.join(name for name in rates if name != idle)} must not all be 0")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, not {self.max_grad_norm}")
 
 
 def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: int) -> tuple[Tensor, Tensor]:
     """The trajectories and the steps, each long (batch_size,), that the update of that number looks at."""
-    generator, (count, num_steps) = update_generator(seed, update), buffer.eps.shape[:2]
+    count, num_steps = buffer.eps.shape[:2]
+    in_order = config.objective == "per-step-in-order"  # one pass of T updates follows the same trajectories
+    generator = update_generator(seed, update // num_steps if in_order else update)
     who = torch.randint(count, (config.batch_size,), generator=generator)
-    if config.objective == "per-step-in-order":
+    if in_order:
         step = torch.full_like(who, update % num_steps)
     elif config.objective == "per-step":
         step = torch.randint(num_steps, (config.batch_size,), generator=generator)
@@ -110,10 +122,28 @@ def rollout_loss(
     return torch.stack(losses).mean()
 
 
+def denoising_loss(
+    student: QuantizedUNet, solver: Solver, images: Tensor, config: DistillConfig, seed: int, update: int
+) -> Tensor:
+    """‖ε − ε̂(√ᾱ_t·x₀ + √(1−ᾱ_t)·ε, t)‖² (DDPM, arXiv 2006.11239, eq. 14) at the sampler's timesteps.
+
+    Args:
+        images: MNIST's, uint8 (M, 28, 28).
+    """
+    generator = update_generator(seed, update)
+    who = torch.randint(len(images), (config.batch_size,), generator=generator)
+    step = torch.randint(len(solver.timesteps), (config.batch_size,), generator=generator)
+    x0 = to_float(images[who])
+    eps = torch.randn(x0.shape, generator=generator)
+    x, t = solver.add_noise(step, x0, eps), solver.timesteps[step]
+    device = next(student.parameters()).device
+    return (student(x.to(device), t.to(device)).sample - eps.to(device)).square().mean()
+
+
 def distillation_loss(
     student: QuantizedUNet, solver: Solver, buffer: Trajectories, config: DistillConfig, seed: int, update: int
 ) -> Tensor:
-    """The loss of the update of that number."""
+    """The loss of the update of that number, for the objectives that need no data."""
     who, step = draw_batch(config, buffer, seed, update)
     if config.objective == "rollout":
         return rollout_loss(student, solver, buffer, who, step, config.rollout_steps)
@@ -139,21 +169,22 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
     for name, layer in student.layers():
         weights, activations = layer.weight_quantizer, layer.act_quantizer
         weight_scale, act_scale = weights.scale.mean().item(), activations.scale.mean().item()
-        lr_adapters = config.lr_adapters * (weight_scale if config.scale_aware else common_scale)
-        learn(f"{name}.lora", [layer.lora_a, layer.lora_b], lr_adapters)
-        learn(
-            f"{name}.weight_scale",
-            [weights.scale],
-            config.lr_weight_scales * weight_scale,
-            weight_scale / 100,
-        )
+        unit = weight_scale if config.scale_aware else common_scale
+        if config.learn == "adapters":
+            learn(f"{name}.lora", [layer.lora_a, layer.lora_b], config.lr_adapters * unit)
+        else:
+            learn(f"{name}.weight", [layer.weight, layer.bias], config.lr_weights * unit)
+        learn(f"{name}.weight_scale", [weights.scale], config.lr_weight_scales * weight_scale, weight_scale / 100)
         learn(f"{name}.act_scale", [activations.scale], config.lr_act_scales * act_scale, act_scale / 100)
         learn(f"{name}.act_zero_point", [activations.zero_point], config.lr_zero_points)
+    if config.learn == "weights":
+        norms = [module for module in student.modules() if isinstance(module, nn.GroupNorm)]
+        learn("norms", [p for norm in norms for p in norm.parameters()], config.lr_weights * common_scale)
     return groups
 
 
-def learning_rate_factor(config: DistillConfig, update: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+def cosine_decay(config: DistillConfig, update: int) -> float:
+    """What the learning rates are multiplied with: linear warm-up, then a cosine to zero."""
     warmup = min((update + 1) / max(config.warmup_updates, 1), 1.0)
     return warmup * 0.5 * (1 + math.cos(math.pi * update / config.num_updates))
 
@@ -165,12 +196,34 @@ def distill(
     config: DistillConfig,
     run: RunState,
     seed: int,
+    images: Tensor | None = None,
 ) -> None:
     """Train `student` in place on the teacher's `buffer`, or go on from the state in `run`.
 
-    What an update draws is a function of `seed` and its number, so a resumed run equals an uninterrupted one.
+    Args:
+        images: MNIST's, uint8 (M, 28, 28), for the objective "denoising" alone.
     """
-    groups = parameter_groups(student, config)
+
+    def loss(update: int) -> Tensor:
+        if images is not None:
+            return denoising_loss(student, solver, images, config, seed, update)
+        return distillation_loss(student, solver, buffer, config, seed, update)
+
+    fit(student, parameter_groups(student, config), loss, config, run)
+
+
+def fit(
+    student: QuantizedUNet,
+    groups: list[dict[str, Any]],
+    loss_of: Callable[[int], Tensor],
+    config: DistillConfig,
+    run: RunState,
+    decay: Callable[[DistillConfig, int], float] = cosine_decay,
+) -> None:
+    """Minimise `loss_of` over the parameters of `groups`, or go on from the state in `run`.
+
+    What an update draws must be a function of its number, so that a resumed run equals an uninterrupted one.
+    """
     optimizer = torch.optim.Adam(groups, lr=0.0, fused=True)
     learned = [parameter for group in groups for parameter in group["params"]]
     first, seconds_before = 0, 0.0
@@ -188,11 +241,11 @@ def distill(
         save(0, 0.0)
     with progress("distilling", config.num_updates, first) as advance:
         for update in range(first, config.num_updates):
-            loss = distillation_loss(student, solver, buffer, config, seed, update)
+            loss = loss_of(update)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
-            factor = learning_rate_factor(config, update)
+            factor = decay(config, update)
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
             optimizer.step()

@@ -1,50 +1,109 @@
 """The ladder: what each technique gives, and what each bit costs, on one teacher with one ruler."""
 
 import dataclasses
+import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
 from ddpm_mnist import InputError
 from ddpm_mnist.runs import RunState, write_bytes, write_json, write_text
+from ddpm_mnist.sampler import Solver, to_uint8
+from eval import plots
 from eval.fid import score_images
-from eval.grid import fid_label, row_label
-from eval.models import Model, load_model, runnable
-from eval.plots import image_grid, scores_chart, to_png
+from eval.grid import fid_label
+from eval.models import Model, load_model
 from eval.sample import DrawConfig, draw
+from eval.table import Row, markdown, summarise_scores
 from finetune.pipeline import RunConfig, distill_student, fingerprint
+from finetune.trajectories import MAX_SEED, make_trajectories
+from quant import QuantizedUNet
 
-TEACHER = "teacher"
-NO_TRAINING = {"distill.num_updates": 0}
-PER_STEP = {"distill.objective": "per-step"}
+Changes = dict[str, Any]
+NO_TRAINING: Changes = {"distill.num_updates": 0}
+PER_STEP: Changes = {"distill.objective": "per-step"}
+PAPER: Changes = {"student.edge_shortcut": False, "student.split_skips": False, "student.bias_correction": False}
+PLAIN: Changes = {**PAPER, "student.per_step": False}
+WEIGHTS: Changes = {"distill.learn": "weights"}
 
-# What each rung changes of the base, in the order of the table; the full method is the base itself.
-RUNGS: dict[str, dict[str, Any]] = {
-    "ptq-min-max": {**NO_TRAINING, "student.search": "min-max", "student.per_step": False},
-    "ptq-error": {**NO_TRAINING, "student.per_step": False},
-    "ptq-error-per-step": NO_TRAINING,
-    "qalora": {**PER_STEP, "student.per_step": False, "distill.scale_aware": False},
-    "scale-aware": {**PER_STEP, "student.per_step": False},
-    "talsq": PER_STEP,
-    "in-order": {**PER_STEP, "distill.objective": "per-step-in-order"},
-    "rollout-uniform": {"distill.weighting": "uniform"},
-    "full": {},
-    **{
-        f"w{weight_bits}a{act_bits}": {"student.weight_bits": weight_bits, "student.act_bits": act_bits}
-        for weight_bits, act_bits in ((8, 8), (6, 6), (4, 8), (3, 3), (2, 8), (2, 4))
-    },
+
+class Rung(NamedTuple):
+    """A student to make and to score, or with `of` that of another rung, scored in another number of steps."""
+
+    changes: Mapping[str, Any] = MappingProxyType({})
+    """What it changes of the base; "×": a factor on num_updates."""
+    seeds: int = 1
+    """Distillations, each with a seed of its own."""
+    of: str = ""
+    num_steps: int = 0
+    """0: as the base samples."""
+
+
+def bits(weight_bits: int, act_bits: int) -> Changes:
+    return {"student.weight_bits": weight_bits, "student.act_bits": act_bits}
+
+
+# Every rung in the order of the table; the full method is the base itself.
+RUNGS: dict[str, Rung] = {
+    # Quantization alone, as in the literature; then the paper's three techniques, one upon the other.
+    "ptq-min-max": Rung({**NO_TRAINING, **PLAIN, "student.search": "min-max"}),
+    "ptq-error": Rung({**NO_TRAINING, **PLAIN}),
+    "ptq-error-per-step": Rung({**NO_TRAINING, **PAPER}),
+    "ptq": Rung(NO_TRAINING),
+    "qalora": Rung({**PER_STEP, **PLAIN, "distill.scale_aware": False}),
+    "scale-aware": Rung({**PER_STEP, **PLAIN}),
+    "talsq": Rung({**PER_STEP, **PAPER}),
+    # The objective, all else being the full method.
+    "denoising": Rung({"distill.objective": "denoising"}),
+    "in-order": Rung({"distill.objective": "per-step-in-order"}),
+    "per-step": Rung(PER_STEP),
+    "full": Rung(seeds=3),
+    # What each part beyond the paper gives: the full method without it.
+    "uniform-weights": Rung({"distill.weighting": "uniform"}, seeds=3),
+    "no-edge-shortcut": Rung({"student.edge_shortcut": False}, seeds=3),
+    "no-split-skips": Rung({"student.split_skips": False}, seeds=3),
+    "no-bias-correction": Rung({"student.bias_correction": False}, seeds=3),
+    # Where TALSQ pays.
+    "one-scale": Rung({"student.per_step": False}, seeds=3),
+    "w2a4-one-scale": Rung({**bits(2, 4), "student.per_step": False}, seeds=3),
+    # Baselines.
+    "published": Rung({"recipe": "published", **PAPER}),
+    "full-fine-tuning": Rung(WEIGHTS),
+    "lsq": Rung({**WEIGHTS, "distill.objective": "denoising"}),
+    "lsq-x10": Rung({**WEIGHTS, "distill.objective": "denoising", "×": 10}),
+    # What each bit costs.
+    "w8a8": Rung(bits(8, 8)),
+    "w6a6": Rung(bits(6, 6)),
+    "w4a8": Rung(bits(4, 8)),
+    "w3a3": Rung(bits(3, 3)),
+    "w2a8": Rung(bits(2, 8)),
+    "w2a4": Rung(bits(2, 4), seeds=3),
+    # Other numbers of steps: the student of T steps, then students that were made for fewer.
+    "full-10-steps": Rung(of="full", num_steps=10),
+    "full-40-steps": Rung(of="full", num_steps=40),
+    "for-10-steps": Rung({"sampler.num_steps": 10, "teacher_steps": 2}, num_steps=10),
+    "for-5-steps": Rung({"sampler.num_steps": 5, "teacher_steps": 4}, num_steps=5),
 }
+
+# The teacher's own rows: numbers of steps beside the base's.
+TEACHER_STEPS = (5, 10, 40, 50)
+# Trajectories whose errors are drawn.
+PATHS = 64
 
 
 @dataclass
 class LadderConfig:
     output: Path = Path("runs/ladder")
-    """Folder for a run folder per rung, and for ladder.json, ladder.md, chart.png and grid.png."""
+    """Folder for a run folder per rung and seed, and for the tables and pictures."""
     rungs: tuple[str, ...] = tuple(RUNGS)
     """Rungs to climb; one that is finished is not run again."""
+    teacher_steps: tuple[int, ...] = TEACHER_STEPS
+    """Numbers of steps to score the teacher at, beside the base's."""
     base: RunConfig = field(default_factory=RunConfig)
     """The full method; every rung changes a part of it. Its output, runtime and grid_columns serve all rungs."""
 
@@ -55,57 +114,49 @@ class LadderConfig:
 
 
 def climb(config: LadderConfig) -> Path:
-    """Run the rungs, each into a folder of its own, and write one table, one chart and one picture of all.
+    """Run the rungs, each into a folder of its own, and write one table and the pictures of all.
 
-    A rung of one loss per step gets as many network evaluations an update as a rollout. Returns the table.
+    All rungs of one ladder get as many network evaluations an update. Images are compared with those of the teacher
+    in the base's number of steps, whatever number they took themselves. Returns the table.
 
     Raises:
         InputError: no such teacher, or a rung's folder belongs to another configuration.
     """
-    drawing = DrawConfig(
-        **dataclasses.asdict(config.base.sampler),
-        num_images=config.base.num_images,
-        seed=config.base.score_seed,
-        batch_size=config.base.batch_size,
-        runtime=config.base.runtime,
-    )
-    teacher = load_model(config.base.teacher)
-    teacher_images, seconds = _images(config.output / TEACHER, teacher, drawing)
-    scores = [dataclasses.asdict(score_images(teacher, teacher_images, seconds, teacher_images, drawing))]
-    rows = [(row_label(teacher, _label(scores[0])), teacher_images[: config.base.grid_columns])]
+    base, teacher = config.base, load_model(config.base.teacher)
+    reference, _ = _images(config.output / "teacher", teacher, _drawing(base, 0))
+    scores = []
+    for num_steps in (0, *config.teacher_steps):
+        name = f"teacher-{num_steps}-steps" if num_steps else "teacher"
+        folder = config.output / name
+        scores.append(_score(folder, dataclasses.replace(teacher, name=name), _drawing(base, num_steps), reference))
     for name in config.rungs:
-        run = rung_config(config.base, name, config.output / name)
-        metrics = run.output / "metrics.json"
-        if metrics.exists():
-            RunState(run.output, fingerprint(run, teacher))  # refuses a rung of other settings
-        else:
-            student = runnable(distill_student(run).student, run.runtime)
-            model = Model(name, student, run.student.weight_bits, run.student.act_bits)
-            images, seconds = _images(run.output, model, drawing)
-            write_json(metrics, dataclasses.asdict(score_images(model, images, seconds, teacher_images, drawing)))
-        score = json.loads(metrics.read_text())
-        if (score["num_images"], score["seed"]) != (drawing.num_images, drawing.seed):
-            raise InputError(f"{metrics} is of {score['num_images']} images from seed {score['seed']}: delete it")
-        model = Model(name, None, score["weight_bits"], score["act_bits"])
-        images = torch.load(run.output / "images.pt", weights_only=True)
-        scores.append(score)
-        rows.append((row_label(model, _label(score)), images[: config.base.grid_columns]))
-    write_json(config.output / "ladder.json", scores)
-    write_bytes(config.output / "grid.png", to_png(image_grid(rows)))
-    write_bytes(config.output / "chart.png", to_png(scores_chart(scores)))
+        rung = RUNGS[name]
+        for number in range(rung.seeds):
+            folder = config.output / name / str(base.seed + number)
+            run = rung_config(base, rung.of or name, config.output / (rung.of or name) / folder.name, number)
+            if (run.output / "state").exists():
+                RunState(run.output, fingerprint(run, teacher))  # refuses a rung of other settings
+            if not (run.output / "config.json").exists():
+                distill_student(run)
+            student = load_model(str(run.output), run.runtime)
+            score = _score(folder, dataclasses.replace(student, name=name), _drawing(base, rung.num_steps), reference)
+            scores.append({**score, "distillation_seed": run.seed})
+        _write_tables(config, scores)
+    _write_pictures(config, teacher, scores)
     table = config.output / "ladder.md"
-    write_text(table, _markdown(scores))
     print(table.read_text())
     return table
 
 
-def rung_config(base: RunConfig, name: str, output: Path) -> RunConfig:
-    """`base` with the changes of the rung."""
-    changes = dict(RUNGS[name])
-    if changes.get("distill.objective", "rollout") != "rollout":
+def rung_config(base: RunConfig, name: str, output: Path, number: int = 0) -> RunConfig:
+    """`base` with the changes of the rung, for the distillation of that number."""
+    changes = dict(RUNGS[name].changes)
+    if changes.get("distill.objective", "rollout") != "rollout" or "recipe" in changes:
         changes["distill.batch_size"] = base.distill.batch_size * base.distill.rollout_steps
-    parts: dict[str, dict[str, Any]] = {"student": {}, "distill": {}}
-    own: dict[str, Any] = {"output": output}
+    if factor := changes.pop("×", None):
+        changes["distill.num_updates"] = base.distill.num_updates * factor
+    parts: dict[str, Changes] = {"student": {}, "distill": {}, "sampler": {}}
+    own: Changes = {"output": output, "seed": base.seed + number}
     for key, value in changes.items():
         part, _, field_name = key.rpartition(".")
         (parts[part] if part else own)[field_name] = value
@@ -113,36 +164,81 @@ def rung_config(base: RunConfig, name: str, output: Path) -> RunConfig:
     return dataclasses.replace(base, **own, **nested)
 
 
+def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
+    """How the images of a rung are drawn, in `num_steps` or, if that is 0, the base's."""
+    return DrawConfig(
+        base.sampler.solver,
+        num_steps or base.sampler.num_steps,
+        num_images=base.num_images,
+        seed=base.score_seed,
+        batch_size=base.batch_size,
+        runtime=base.runtime,
+    )
+
+
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
     """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
     path = folder / "images.pt"
     if not path.exists():
         images, seconds = draw(model, drawing)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(".images.pt")
-        torch.save(images, beside)
-        beside.replace(path)
-        write_json(folder / "seconds.json", seconds)
-    return torch.load(path, weights_only=True), json.loads((folder / "seconds.json").read_text())
+        content = io.BytesIO()
+        torch.save({"images": images, "seconds": seconds}, content)
+        write_bytes(path, content.getvalue())
+    saved = torch.load(path, weights_only=True)
+    return saved["images"], saved["seconds"]
 
 
-def _label(score: dict[str, Any]) -> str:
-    return fid_label(score["fid"], score["num_images"])
+def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor) -> dict[str, Any]:
+    """The model's score against the teacher's images `reference`, measured once and kept in `folder`."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        images, seconds = _images(folder, model, drawing)
+        write_json(path, dataclasses.asdict(score_images(model, images, seconds, reference, drawing)))
+    score = json.loads(path.read_text())
+    for name in ("num_images", "num_steps", "seed"):
+        if score[name] != getattr(drawing, name):
+            raise InputError(f"{path} has {name} = {score[name]}, now it is {getattr(drawing, name)}: delete {folder}")
+    return score
 
 
-def _markdown(scores: list[dict[str, Any]]) -> str:
-    first = scores[0]
-    lines = [
-        f"{first['num_images']:,} images each, {first['solver']} in {first['num_steps']} steps, seed {first['seed']}.",
-        "",
-        "| rung | bits | FID | to the teacher's | KID | MSE to teacher | FID to teacher |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for score in scores:
-        bits = "32" if score["weight_bits"] == 32 else f"W{score['weight_bits']}A{score['act_bits']}"
-        fid, kid, mse = score["fid"], score["kid"], score["mse_to_teacher"]
-        lines.append(
-            f"| {score['model']} | {bits} | {fid:.2f} | {fid / first['fid']:.2f} | {kid:.4f} | {mse:.4f} "
-            f"| {score['fid_to_teacher']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+def _write_tables(config: LadderConfig, scores: list[dict[str, Any]]) -> None:
+    base = config.base
+    write_json(config.output / "ladder.json", scores)
+    text = markdown(summarise_scores(scores), base.num_images, base.score_seed, base.sampler.solver)
+    write_text(config.output / "ladder.md", text)
+
+
+def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str, Any]]) -> None:
+    """Of every rung its first distillation is shown."""
+    base, folder, rows = config.base, config.output, summarise_scores(scores)
+
+    def place(row: Row) -> Path:
+        return folder / row.name if row.bits == "32" else folder / row.name / str(base.seed)
+
+    grid, paths = [], {}
+    for row in rows:
+        images, _ = _images(place(row), teacher, _drawing(base, row.num_steps))
+        steps = "" if row.num_steps == base.sampler.num_steps else f", {row.num_steps} steps"
+        label = f"{row.name} · {row.bits}{steps}\n{fid_label(row.fid, base.num_images)}"
+        grid.append((label, images[: base.grid_columns]))
+        if row.num_steps == base.sampler.num_steps:
+            model = teacher if row.bits == "32" else load_model(str(place(row)), base.runtime)
+            # From noise that neither scoring nor, unless it was asked for this very seed, distillation uses.
+            trajectories = make_trajectories(model.denoiser, Solver(base.sampler), PATHS, MAX_SEED)
+            paths[f"{row.name} · {row.bits}"] = trajectories.x
+    figures = {
+        "grid": plots.image_grid(grid),
+        "rungs": plots.rungs_chart(rows),
+        "bits": plots.bits_chart(rows),
+        "cost": plots.cost_chart(rows),
+        "errors": plots.errors_chart(paths),
+        "digit": plots.image_grid([(name, to_uint8(x[0])) for name, x in paths.items()]),
+    }
+    for row in rows:
+        if row.name in ("ptq", "full", "w2a4"):
+            student = QuantizedUNet.from_pretrained(place(row))
+            names, layers = zip(*student.layers(), strict=True)
+            scales = torch.stack([layer.act_quantizer.scale for layer in layers])
+            figures[f"step_sizes_{row.name}"] = plots.step_sizes(names, student.clock.timesteps, scales)
+    for name, figure in figures.items():
+        write_bytes(folder / f"{name}.png", plots.to_png(figure))

@@ -5,12 +5,14 @@ import dataclasses
 import hashlib
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
+from ddpm_mnist.data import load_mnist
 from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_json
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler
 from eval.fid import print_scores, score_images
@@ -19,11 +21,15 @@ from eval.models import Model, check_runtime, device, load_model, runnable
 from eval.plots import image_grid, loss_curve, step_sizes, to_png
 from eval.report import write_report
 from eval.sample import DrawConfig, draw
+from finetune.baselines import published_distill, published_start
 from finetune.distill import DistillConfig, distill
 from finetune.sensitivity import step_sensitivity
 from finetune.trajectories import MAX_SEED, MAX_TRAJECTORIES, Trajectories, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
 from quant.summary import shares, summarise
+
+# Trajectories that the sensitivity of the steps is measured on.
+SENSITIVITY_TRAJECTORIES = 32
 
 
 @dataclass
@@ -36,6 +42,13 @@ class RunConfig:
     """Seeds the adapters, the noise of the buffer and, with the update's number, what an update draws."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     student: QuantConfig = field(default_factory=QuantConfig)
+    recipe: str = "distill"
+    """"distill": as the sections student and distill say. "published": as the paper's training code has it
+    (finetune/baselines.py), with their bits, rank, batch and number of updates."""
+    lr_factor: float = 1.0
+    """What the published learning rates are multiplied with, under that recipe alone."""
+    teacher_steps: int = 1
+    """Steps of the teacher that one step of the student stands for."""
     num_trajectories: int = 2048
     """Trajectories of the teacher in the buffer."""
     calibration_trajectories: int = 64
@@ -53,7 +66,9 @@ class RunConfig:
     """How the student runs when it is scored: "integer", or "simulated" in float."""
 
     def __post_init__(self) -> None:
-        for name in ("num_trajectories", "calibration_trajectories", "batch_size", "grid_columns"):
+        if self.recipe not in ("distill", "published"):
+            raise ValueError(f'recipe must be "distill" or "published", not "{self.recipe}"')
+        for name in ("teacher_steps", "num_trajectories", "calibration_trajectories", "batch_size", "grid_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_runtime(self.runtime)
@@ -69,8 +84,19 @@ class RunConfig:
             raise ValueError(f"score_seed must lie in 0…2^31 - num_images, not {self.score_seed}")
         if self.distill.rollout_steps > self.sampler.num_steps and self.distill.objective == "rollout":
             raise ValueError(f"distill.rollout_steps must be at most sampler.num_steps, {self.sampler.num_steps}")
+        if self.teacher_steps > 1:
+            fine = Solver(self.teacher_sampler).timesteps[:: self.teacher_steps]
+            if not torch.equal(fine, Solver(self.sampler).timesteps):
+                raise ValueError(f"teacher_steps {self.teacher_steps}: the student's timesteps are not the teacher's")
         if self.sampler.eta:
             raise ValueError("sampler.eta must be 0: distillation needs the teacher's exact trajectory")
+
+    @property
+    def teacher_sampler(self) -> SamplerConfig:
+        """How the teacher fills the buffer."""
+        if self.recipe == "published":
+            return SamplerConfig("ddim", self.sampler.num_steps, eta=1.0)
+        return dataclasses.replace(self.sampler, num_steps=self.sampler.num_steps * self.teacher_steps)
 
 
 @dataclass
@@ -99,30 +125,47 @@ def distill_student(config: RunConfig) -> Made:
         raise InputError(f'the teacher must be of full precision, "{config.teacher}" is {teacher.bits}')
     run = RunState(config.output, fingerprint(config, teacher))
     save_config(config, config.output / "config.yaml")
+    images = load_mnist("train")[0] if config.distill.objective == "denoising" else None
     solver = Solver(config.sampler)
     stopwatch = _Stopwatch()
-
-    with progress("teacher's trajectories", config.num_trajectories) as advance:
-        buffer = make_trajectories(
-            teacher.denoiser, solver, config.num_trajectories, config.seed, config.batch_size, device(), advance
-        )
+    drawn = dataclasses.astuple(config.teacher_sampler)
+    buffer = _trajectories(config.teacher, *drawn, config.num_trajectories, config.seed, config.batch_size)
+    buffer = buffer.every(config.teacher_steps)
     stopwatch.lap("trajectories")
 
     torch.manual_seed(config.seed)
-    ptq = quantize(teacher.denoiser, config.student, solver.timesteps.tolist()).to(device())
-    calibrate(ptq, calibration_states(buffer, solver, config.calibration_trajectories))
+    timesteps = solver.timesteps.tolist()
+    states = calibration_states(buffer, solver, config.calibration_trajectories)
+    if config.recipe == "published":
+        ptq = published_start(teacher.denoiser, config.student, timesteps, states)
+    else:
+        ptq = quantize(teacher.denoiser, config.student, timesteps)
+        calibrate(ptq, states)
     stopwatch.lap("calibration")
 
-    if config.distill.objective == "rollout" and config.distill.weighting == "sensitivity":
-        buffer.weights = step_sensitivity(teacher.denoiser, ptq, solver, buffer)
-        stopwatch.lap("sensitivity")
     student = copy.deepcopy(ptq)
-    distill(student, solver, buffer, config.distill, run, config.seed)
+    if config.recipe == "published":
+        published_distill(student, solver, buffer, config.distill, run, config.seed, config.lr_factor)
+    else:
+        if config.distill.objective == "rollout" and config.distill.weighting == "sensitivity":
+            some = make_trajectories(teacher.denoiser, solver, SENSITIVITY_TRAJECTORIES, config.seed, device=device())
+            buffer.weights = step_sensitivity(teacher.denoiser, ptq, solver, some)
+        distill(student, solver, buffer, config.distill, run, config.seed, images)
     stopwatch.lap("distillation")
     student = freeze(student)
     student.save_pretrained(config.output)
     make_scheduler(config.sampler).save_pretrained(config.output / "scheduler")
     return Made(teacher, freeze(ptq), student, stopwatch.seconds)
+
+
+@lru_cache(maxsize=1)  # most rungs of a ladder share them
+def _trajectories(
+    teacher: str, solver: str, num_steps: int, eta: float, count: int, seed: int, batch_size: int
+) -> Trajectories:
+    denoiser = load_model(teacher).denoiser
+    with progress("teacher's trajectories", count) as advance:
+        options = SamplerConfig(solver, num_steps, eta)
+        return make_trajectories(denoiser, Solver(options), count, seed, batch_size, device(), advance)
 
 
 def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict[int, torch.Tensor]:
@@ -207,8 +250,8 @@ def _facts(config: RunConfig, seconds: dict[str, float], distillation: float) ->
     bits, options = config.student, config.distill
     what = f"rollouts of {options.rollout_steps} steps" if options.objective == "rollout" else "per-step loss"
     return [
-        f"The teacher denoised {config.num_trajectories} noises with {config.sampler.solver} in "
-        f"{config.sampler.num_steps} steps ({seconds['trajectories']:.0f} s). No data was used.",
+        f"The teacher denoised {config.num_trajectories} noises with {config.teacher_sampler.solver} in "
+        f"{config.teacher_sampler.num_steps} steps ({seconds['trajectories']:.0f} s). No data was used.",
         f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last convolution and time "
         f"embedding {bits.edge_bits} bits. Activation ranges were searched for each denoising step on "
         f"{config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",

@@ -39,7 +39,7 @@ class StepCostConfig:
 def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
     """Time one update of each kind in turn, and print the medians and their ratios to the teacher's.
 
-    The rollout is that of the quick run, 16 trajectories of 5 steps: 80 network evaluations an update.
+    The rollout is that of the quick run.
     """
     unet = load_model("teacher").denoiser.cpu()
     solver = Solver(SamplerConfig())
@@ -68,12 +68,15 @@ def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
         learned = [parameter for group in parameter_groups(student, options) for parameter in group["params"]]
         return updater(learned, lambda: distillation_loss(student, solver, buffer, options, seed=0, update=0))
 
-    batch, teacher = config.batch_size, list(unet.parameters())
+    batch, teacher, rollout = config.batch_size, list(unet.parameters()), DistillConfig("rollout")
+    evaluations = rollout.batch_size * rollout.rollout_steps
     kinds = {  # each kind of distillation after the teacher's update that it is compared with
         f"teacher, batch {batch}": updater(teacher, lambda: teacher_loss(batch)),
         f"per-step distillation, batch {batch}": student_updater(DistillConfig("per-step", batch_size=batch)),
-        "teacher, batch 80": updater(teacher, lambda: teacher_loss(80)),
-        "rollout distillation, 16 trajectories × 5 steps": student_updater(DistillConfig("rollout")),
+        f"teacher, batch {evaluations}": updater(teacher, lambda: teacher_loss(evaluations)),
+        f"rollout distillation, {rollout.batch_size} trajectories × {rollout.rollout_steps} steps": student_updater(
+            rollout
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(config.rounds + 1):

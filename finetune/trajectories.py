@@ -27,6 +27,11 @@ class Trajectories:
     eps: Tensor
     weights: Tensor
 
+    def every(self, stride: int) -> "Trajectories":
+        """The states after every `stride` steps, for a student whose step is as long as that."""
+        eps = self.eps[:, ::stride]
+        return Trajectories(self.x[:, ::stride], eps, torch.ones(eps.shape[1], device=eps.device))
+
 
 def make_trajectories(
     teacher: Denoiser,

@@ -45,7 +45,8 @@ def calibrate(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
             model(states[t], t)
     for quantizer, rows in values.items():
         quantizer.initialise(torch.stack(rows), model.quant_config.search)
-    _correct_biases(model, states)
+    if model.quant_config.bias_correction:
+        _correct_biases(model, states)
 
 
 def _correct_biases(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:

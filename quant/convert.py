@@ -30,13 +30,21 @@ class QuantConfig:
     act_bits: int = 4
     """Bits of the input of every convolution and linear layer, 2…8, but for the layers of `edge_bits`."""
     edge_bits: int = 8
-    """Bits of weights and inputs of the first and the last convolution and of the time embedding, 2…8."""
+    """Bits of weights and inputs where the image enters and leaves: the first and the last convolution, the shortcut
+    over the last skip; and of the time embedding. 2…8."""
     rank: int = 8
     """Rank of the adapters of QALoRA."""
     per_step: bool = True
     """An activation step size and zero point for every denoising step (TALSQ), or one for all."""
     search: str = "error"
     """How step sizes begin: "error", the least squared error over a grid of ranges; "min-max", the whole range."""
+
+    edge_shortcut: bool = True
+    """Whether the shortcut over the last skip counts among the layers of `edge_bits`."""
+    split_skips: bool = True
+    """Quantizers of their own for the two halves of a shortcut over a skip concatenation."""
+    bias_correction: bool = True
+    """Let calibration take back the shift of each layer's mean."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits", "edge_bits"):
@@ -196,7 +204,10 @@ def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
     for name, module in list(unet.named_modules()):
         if isinstance(module, Attention):
             _fuse_projections(name, module)
-    _split_skips(unet)
+    if config.split_skips:
+        _split_skips(unet)
+    if config.edge_shortcut:
+        edges.update(_last_shortcut(unet))
     for name, module in list(unet.named_modules()):
         layer = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}.get(type(module))
         if layer is None:
@@ -214,6 +225,12 @@ def _fuse_projections(name: str, attention: Attention) -> None:
     attention.fuse_projections()
     attention.set_processor(FusedAttnProcessor2_0())
     del attention.to_q, attention.to_k, attention.to_v
+
+
+def _last_shortcut(unet: UNet2DModel) -> Iterator[nn.Module]:
+    """The shortcut over the last skip: on it the first convolution's output, the noisy image, passes by the network."""
+    shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut
+    return iter(()) if shortcut is None else shortcut.modules()
 
 
 def _split_skips(unet: UNet2DModel) -> None:

@@ -70,12 +70,11 @@ class _FakeQuantize(torch.autograd.Function):
 
         grad_x = masked(grad)
         grad_scale = grad_zero = None
-        rows = grad.flatten(1)
         if ctx.needs_input_grad[1]:
-            slope = (y - masked(x)).flatten(1)
-            grad_scale = torch.bmm(rows.unsqueeze(1), slope.unsqueeze(2)).view_as(scale) / scale
+            slope = masked(x).sub_(y).mul_(grad)  # −s·∂x̂/∂s, in place: these tensors are as large as the activations
+            grad_scale = slope.flatten(1).sum(1).view_as(scale) / -scale
         if ctx.needs_input_grad[2]:
-            grad_zero = (grad_x.flatten(1).sum(1) - rows.sum(1)).view_as(scale) * scale
+            grad_zero = (grad_x - grad).flatten(1).sum(1).view_as(scale) * scale
         return grad_x, grad_scale, grad_zero, None, None
 
 

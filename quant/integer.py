@@ -312,6 +312,8 @@ class IntegerUNet(nn.Module):
     An image depends neither on the batch nor on the number of threads, bit for bit, where `integer.cpp` runs.
 
     Attributes:
+        programs: for each height and width that was met.
+        moments: for each timestep that was met, at most `MAX_STEPS`.
         seconds: None, or float64 (2,): `integer.cpp` adds its threads' time for making codes and for their products.
     """
 
@@ -335,8 +337,8 @@ class IntegerUNet(nn.Module):
         self._geometry = torch.tensor(shapes)
         self.norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
         self.seconds: Tensor | None = None
-        self._programs: dict[tuple[int, int], Program] = {}
-        self._moments: dict[float, Moment] = {}
+        self.programs: dict[tuple[int, int], Program] = {}
+        self.moments: dict[float, Moment] = {}
 
     @property
     def is_fused(self) -> bool:
@@ -377,14 +379,14 @@ class IntegerUNet(nn.Module):
         channels, height, width = x.shape[1:]
         if channels != self.config.in_channels:
             raise ValueError(f"the sample must have {self.config.in_channels} channels, not {channels}")
-        if (height, width) not in self._programs:
-            self._programs[height, width] = Program(self.student.unet, self.layers, self.norms, height, width)
-        program = self._programs[height, width]
-        if t not in self._moments:
-            if len(self._moments) == MAX_STEPS:
-                self._moments.clear()
-            self._moments[t] = self._moment(t)
-        moment, x = self._moments[t], x.contiguous(memory_format=torch.channels_last)
+        if (height, width) not in self.programs:
+            self.programs[height, width] = Program(self.student.unet, self.layers, self.norms, height, width)
+        program = self.programs[height, width]
+        if t not in self.moments:
+            if len(self.moments) == MAX_STEPS:
+                self.moments.clear()
+            self.moments[t] = self._moment(t)
+        moment, x = self.moments[t], x.contiguous(memory_format=torch.channels_last)
         return self._run_fused(program, moment, x) if self.is_fused else self._run_line_by_line(program, moment, x)
 
     def _moment(self, t: float) -> Moment:

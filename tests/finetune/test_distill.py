@@ -11,10 +11,10 @@ from ddpm_mnist.runs import RunState
 from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler
 from finetune.distill import (
     DistillConfig,
+    cosine_decay,
     distill,
     distillation_loss,
     draw_batch,
-    learning_rate_factor,
     parameter_groups,
 )
 from finetune.sensitivity import step_sensitivity
@@ -74,7 +74,7 @@ def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, s
 
 def test_weights_say_how_an_error_grows_until_the_image(unet, student, solver, buffer):
     """Against diffusers' own scheduler: the student takes step 3 of 6, the teacher the rest."""
-    weights = step_sensitivity(unet, student, solver, buffer, count=8)
+    weights = step_sensitivity(unet, student, solver, buffer)
     assert weights.shape == (6,)
     assert weights.mean().item() == pytest.approx(1)
     scheduler = make_scheduler(SamplerConfig(num_steps=6))
@@ -165,7 +165,10 @@ def test_without_scale_awareness_all_layers_have_one_learning_rate(student):
 
 @pytest.mark.parametrize("objective", ["per-step", "rollout"])
 def test_distillation_lowers_the_loss(student, solver, buffer, tmp_path, objective):
-    config = DistillConfig(objective, num_updates=100, batch_size=16, rollout_steps=3, warmup_updates=5)
+    config = DistillConfig(
+        objective, num_updates=100, batch_size=16, rollout_steps=3, warmup_updates=5,
+        lr_adapters=0.1, lr_weight_scales=5e-3, lr_act_scales=5e-2, lr_zero_points=0.1,
+    )  # fmt: skip
 
     def loss():
         with torch.no_grad():
@@ -195,7 +198,7 @@ def test_a_learning_rate_of_zero_freezes(student):
 
 def test_the_schedule_rises_and_falls_along_a_cosine():
     config = DistillConfig(num_updates=100, warmup_updates=10)
-    factors = [learning_rate_factor(config, update) for update in range(100)]
+    factors = [cosine_decay(config, update) for update in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[50] == pytest.approx(0.5)
     assert factors[99] < 0.001

@@ -1,15 +1,18 @@
 import json
+import math
 
 import matplotlib.image
 import pytest
 
 from ddpm_mnist.command import run_command
+from eval.table import summarise_scores
 from finetune.ladder import RUNGS, LadderConfig, climb, rung_config
 from finetune.pipeline import RunConfig
 
 SMALL = """
 output: {output}
-rungs: [ptq-min-max, talsq, full, w2a4]
+rungs: [ptq-min-max, talsq, published, w2a4, full-10-steps, for-5-steps]
+teacher_steps: [2]
 base:
   teacher: {teacher}
   sampler: {{num_steps: 3}}
@@ -27,29 +30,46 @@ def config_path(write_config):
     return write_config(SMALL, "ladder")
 
 
-def test_the_ladder_writes_a_table_a_chart_and_a_picture(config_path, tmp_path, capsys):
+def test_the_ladder_writes_tables_and_pictures(config_path, tmp_path, capsys):
     run_command("prog", climb, LadderConfig, ["--config", str(config_path)])
     folder = tmp_path / "ladder"
     scores = json.loads((folder / "ladder.json").read_text())
-    assert [score["model"] for score in scores[1:]] == ["ptq-min-max", "talsq", "full", "w2a4"]
-    assert [(score["weight_bits"], score["act_bits"]) for score in scores[1:]] == [(4, 4), (4, 4), (4, 4), (2, 4)]
-    assert scores[0]["mse_to_teacher"] == 0
-    assert len({score["fid"] for score in scores}) == 5
-    assert "| w2a4 | W2A4 |" in (folder / "ladder.md").read_text()
-    for name in ("chart.png", "grid.png"):
-        assert matplotlib.image.imread(folder / name)[..., :3].std() > 0.05
+    names = ["ptq-min-max", "talsq", "published", *["w2a4"] * 3, "full-10-steps", "for-5-steps"]
+    assert [score["model"] for score in scores] == ["teacher", "teacher-2-steps", *names]
+    assert [score["num_steps"] for score in scores] == [3, 2, *[3] * 6, 10, 5]
+    assert [score.get("distillation_seed") for score in scores] == [None, None, 0, 0, 0, 0, 1, 2, 0, 0]
+    assert scores[0]["mse_to_teacher"] == 0 < scores[1]["mse_to_teacher"]
+    assert len({score["fid"] for score in scores}) == len(scores)
+    assert {score["weight_bits"] for score in scores if score["model"] == "w2a4"} == {2}
+    table = (folder / "ladder.md").read_text()
+    assert "| w2a4 | W2A4 | 3 | 3 |" in table
+    assert "| full-10-steps | W4A4 | 10 | 1 |" in table
+    for name in ("grid", "rungs", "bits", "cost", "errors", "digit", "step_sizes_w2a4"):
+        assert matplotlib.image.imread(folder / f"{name}.png")[..., :3].std() > 0.03, name
 
     # A finished rung is not run again, a new one is added.
-    before = (folder / "talsq" / "model.safetensors").stat().st_mtime_ns
-    arguments = ["--config", str(config_path), "--rungs", '["talsq", "rollout-uniform"]']
-    run_command("prog", climb, LadderConfig, arguments)
-    assert (folder / "talsq" / "model.safetensors").stat().st_mtime_ns == before
-    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][1:] == ["talsq", "rollout-uniform"]
+    before = (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns
+    run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["talsq", "per-step"]'])
+    assert (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns == before
+    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][2:] == ["talsq", "per-step"]
+
+
+def test_a_row_is_the_mean_over_the_distillations_with_their_spread():
+    score = {"weight_bits": 32, "act_bits": 32, "kid": 0.0, "mse_to_teacher": 0.0, "fid_to_teacher": 0.0}
+    score |= {"num_images": 100, "seconds": 5.0, "num_steps": 20}
+    scores = [{**score, "model": "teacher", "fid": 2.0}]
+    scores += [{**score, "model": "w4a4", "weight_bits": 4, "act_bits": 4, "fid": fid} for fid in (3.0, 4.0, 5.0)]
+    scores += [{**score, "model": "few", "weight_bits": 4, "act_bits": 4, "fid": 3.0, "num_steps": 5}]
+    teacher, rung, few = summarise_scores(scores)
+    assert (teacher.fid, teacher.ratio, teacher.bits, teacher.milliseconds) == (2.0, 1.0, "32", 50.0)
+    assert (rung.fid, rung.spread, rung.ratio, rung.count, rung.bits) == (4.0, 1.0, 2.0, 3, "W4A4")
+    assert math.isnan(teacher.spread)
+    assert math.isnan(few.ratio), "no teacher in 5 steps"
 
 
 def test_a_finished_rung_of_other_settings_is_refused(config_path, capsys):
     arguments = ["--config", str(config_path), "--rungs"]
-    for rung in ("ptq-min-max", "full"):
+    for rung in ("ptq-min-max", "talsq"):
         run_command("prog", climb, LadderConfig, [*arguments, f'["{rung}"]'])
         with pytest.raises(SystemExit) as caught:
             run_command("prog", climb, LadderConfig, [*arguments, f'["{rung}"]', "--base.student.rank", "3"])
@@ -59,12 +79,16 @@ def test_a_finished_rung_of_other_settings_is_refused(config_path, capsys):
 
 def test_every_rung_is_a_configuration_of_its_own(tmp_path):
     base = RunConfig()
-    configs = [rung_config(base, name, tmp_path) for name in RUNGS]
+    configs = [rung_config(base, name, tmp_path) for name, rung in RUNGS.items() if not rung.of]
     assert all(left != right for i, left in enumerate(configs) for right in configs[:i])
-    full = rung_config(base, "full", tmp_path)
-    assert (full.student, full.distill) == (base.student, base.distill)
-    per_step = rung_config(base, "talsq", tmp_path).distill
-    assert per_step.batch_size == base.distill.batch_size * base.distill.rollout_steps
+    full = rung_config(base, "full", tmp_path, number=2)
+    assert (full.student, full.distill, full.seed) == (base.student, base.distill, base.seed + 2)
+    evaluations = {
+        config.distill.batch_size
+        * (config.distill.rollout_steps if config.distill.objective == "rollout" and config.recipe == "distill" else 1)
+        for config in configs
+    }
+    assert evaluations == {base.distill.batch_size * base.distill.rollout_steps}
 
 
 def test_an_unknown_rung_gets_one_line(capsys):

@@ -15,12 +15,31 @@ def test_bits_are_found_by_structure(unet):
     model = quantize(unet, QuantConfig(weight_bits=2, act_bits=5, edge_bits=7), [9])
     bits = {name: (layer.weight_quantizer.bits, layer.act_quantizer.bits) for name, layer in model.layers()}
     edges = {name for name in bits if bits[name] == (7, 7)}
-    assert edges == {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+    shortcut = "up_blocks.1.resnets.1.conv_shortcut"
+    assert edges == {
+        "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
+        f"{shortcut}.hidden", f"{shortcut}.skip",
+    }  # fmt: skip
     assert all(bits[name] == (2, 5) for name in bits.keys() - edges)
     assert any("shortcut" in name for name in bits)
     assert any("samplers" in name for name in bits)
     assert any("to_qkv" in name for name in bits)
     assert not any(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+
+
+def test_parts_can_be_switched_off(unet):
+    bits = {
+        options: {
+            name: layer.act_quantizer.bits
+            for name, layer in quantize(unet, QuantConfig(4, 4, **dict(options)), [9]).layers()
+        }
+        for options in ((), (("edge_shortcut", False),), (("split_skips", False),))
+    }
+    whole, no_edge, no_split = bits.values()
+    shortcut = "up_blocks.1.resnets.1.conv_shortcut"
+    assert {name for name in whole if whole[name] != no_edge[name]} == {f"{shortcut}.hidden", f"{shortcut}.skip"}
+    assert no_split[shortcut] == 8
+    assert not any(name.endswith(".skip") for name in no_split)
 
 
 def test_the_unet_that_was_given_is_left_alone(unet):

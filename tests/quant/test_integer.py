@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ddpm_mnist.sampler import SamplerConfig, make_scheduler, sample
+from eval.exactness import flipped_shares, line_codes
 from quant import QuantConfig, calibrate, freeze, functional, integer, quantize, to_integer
 from quant.integer import ATTENTION, NORM_SILU, Instruction, IntegerLayer, Quantizer
 from quant.layers import QuantConv2d
@@ -37,15 +38,6 @@ def frozen(student):
     return freeze(student)
 
 
-def identity_layer(channels):
-    """A layer whose output at unit scales is its codes: the identity."""
-    layer = QuantConv2d(nn.Conv2d(channels, channels, 1), 8, 8, 1, Clock([0]))
-    nn.init.dirac_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    layer.freeze()
-    return layer
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sampling_on_integers_is_the_simulations(frozen, use, way):
     use(way)
@@ -64,7 +56,7 @@ def test_plain_quantization_rounds_as_the_simulation(frozen, buffer):
     """The inputs of every layer in the simulation: no code differs."""
     model, t = to_integer(frozen), frozen.clock.timesteps[2]
     model(buffer.x[:, 2], t)
-    inputs, step = [], model._moments[t]
+    inputs, step = [], model.moments[t]
     names = {layer.name for layer in model.layers.values()}
     layers = [layer for name, layer in frozen.layers() if name in names]
     hooks = [layer.register_forward_pre_hook(lambda at, x: inputs.append((layers.index(at), x[0]))) for layer in layers]
@@ -79,7 +71,7 @@ def test_plain_quantization_rounds_as_the_simulation(frozen, buffer):
         scale, zero_point = torch.tensor(quantizer.scale), torch.tensor(quantizer.zero_point)
         expected = functional.quantize(x, scale, zero_point, 0, quantizer.qmax)
         line = Instruction(0, 0, -1, -1, x.shape[1], -1, 0, -1, -1, *x.shape[2:], 1, 0)
-        assert torch.equal(run_line(line, x, quantizer), expected)
+        assert torch.equal(line_codes(line, x, quantizer), expected)
 
 
 @fused
@@ -90,7 +82,7 @@ def test_every_line_of_the_program_makes_the_codes_of_torch(frozen, buffer, use)
     slow = to_integer(frozen)
     x, t = buffer.x[:, 2].contiguous(memory_format=torch.channels_last), frozen.clock.timesteps[2]
     slow(x, t), fast(x, t)
-    (program,), (other,), moment = fast._programs.values(), slow._programs.values(), fast._moments[t]
+    (program,), (other,), moment = fast.programs.values(), slow.programs.values(), fast.moments[t]
     instructions, placed = other.instructions, program.placed
     unequal = 0
     for count in range(1, len(instructions) + 1):
@@ -106,10 +98,26 @@ def test_every_line_of_the_program_makes_the_codes_of_torch(frozen, buffer, use)
     assert unequal / len(instructions) < 0.2
 
 
+@fused
+def test_from_equal_inputs_codes_differ_from_the_simulation_only_on_a_border(frozen, buffer):
+    frozen.requires_grad_(False)
+    shares = [flipped_shares(frozen, buffer.x[:, step], frozen.clock.timesteps[step]) for step in (0, 3, 5)]
+    assert {len(share) for share in shares} == {len(to_integer(frozen).layers)}
+    assert max(value for share in shares for value in share.values()) < 1e-4
+
+
+@fused
+def test_a_wrong_zero_point_is_seen_as_flipped_codes(frozen, buffer, monkeypatch):
+    read = integer._read_quantizer
+    monkeypatch.setattr(integer, "_read_quantizer", lambda q: read(q)._replace(zero_point=read(q).zero_point + 1))
+    shares = flipped_shares(frozen, buffer.x[:, 3], frozen.clock.timesteps[3])
+    assert min(shares.values()) == 0 < 0.02 < max(shares.values())
+
+
 def test_states_that_are_needed_at_once_do_not_overlap(frozen, buffer):
     model = to_integer(frozen)
     model(buffer.x[:1, 0], 999)
-    (program,) = model._programs.values()
+    (program,) = model.programs.values()
     names = ("source", "skip", "residual")
     reads = [[getattr(line, name) for name in names] for line in program.instructions]
     where = {-1: None} | {
@@ -136,31 +144,6 @@ def test_images_that_do_not_fit_are_refused(frozen, use, way, channels, size):
         to_integer(frozen)(torch.randn(1, channels, *size), 999)
 
 
-def run_line(line, x, quantizer, norm=None):
-    """The codes that a line of the program makes of x, through an identity layer."""
-    channels = line.source_channels // (3 if line.kind == ATTENTION else 1)
-    layer = identity_layer(channels)
-    identity = IntegerLayer(0, "identity", layer, 0, fused=True)
-    norms = [] if norm is None else [norm]
-    y = integer.fused_operator()(
-        x.contiguous(memory_format=torch.channels_last),
-        torch.tensor([line]),
-        [identity.weight],
-        [identity.weight_sum],
-        [torch.full_like(identity.scales, 1 / quantizer.scale)],
-        torch.tensor([(channels, 1, 1, 1, 1, 0, 0, 0, 0)]),
-        [n.weight for n in norms],
-        [n.bias for n in norms],
-        [n.num_groups for n in norms],
-        [n.eps for n in norms],
-        torch.tensor([quantizer], dtype=torch.float64),
-        [torch.zeros(channels)],
-        0,
-    )
-    unit = layer.codes.max().item()
-    return (y / unit).round() + quantizer.zero_point
-
-
 @fused
 @pytest.mark.parametrize("channels", [8, 16, 24, 40])
 @pytest.mark.parametrize("size", [(7, 7), (5, 9)])
@@ -173,7 +156,7 @@ def test_normalisation_and_silu_make_the_codes_of_torch(channels, size):
     quantizer = Quantizer(0.02, 14, 255)
     line = Instruction(NORM_SILU, 0, 0, -1, channels, -1, 0, -1, -1, *size, 1, 0)
     with torch.no_grad():
-        ours = run_line(line, x, quantizer, norm)
+        ours = line_codes(line, x, quantizer, norm)
         exact = F.silu(norm(x)) / quantizer.scale + quantizer.zero_point
     expected = exact.round().clamp(0, 255)
     border = (exact - exact.floor() - 0.5).abs() < 1e-3
@@ -189,7 +172,7 @@ def test_attention_makes_the_codes_of_torch(heads, width, size):
     torch.manual_seed(width)
     qkv = torch.randn(3, 3 * heads * width, *size) * 2
     quantizer = Quantizer(0.03, 128, 255)
-    ours = run_line(Instruction(ATTENTION, 0, -1, -1, qkv.shape[1], -1, 0, -1, -1, *size, 1, heads), qkv, quantizer)
+    ours = line_codes(Instruction(ATTENTION, 0, -1, -1, qkv.shape[1], -1, 0, -1, -1, *size, 1, heads), qkv, quantizer)
     q, k, v = qkv.double().view(3, 3, heads, width, -1).transpose(-1, -2).unbind(1)
     exact = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(3, -1, *size)
     exact = exact / quantizer.scale + quantizer.zero_point
