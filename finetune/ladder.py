@@ -37,8 +37,8 @@ class Rung(NamedTuple):
 
     changes: Mapping[str, Any] = MappingProxyType({})
     """What it changes of the base; "×": a factor on num_updates."""
-    seeds: int = 1
-    """Distillations, each with a seed of its own."""
+    repeated: bool = False
+    """Made several times, each distillation with a seed of its own: see `LadderConfig.seeds`."""
     of: str = ""
     num_steps: int = 0
     """0: as the base samples."""
@@ -62,15 +62,15 @@ RUNGS: dict[str, Rung] = {
     "denoising": Rung({"distill.objective": "denoising"}),
     "in-order": Rung({"distill.objective": "per-step-in-order"}),
     "per-step": Rung(PER_STEP),
-    "full": Rung(seeds=3),
+    "full": Rung(repeated=True),
     # What each part beyond the paper gives: the full method without it.
-    "uniform-weights": Rung({"distill.weighting": "uniform"}, seeds=3),
-    "no-edge-shortcut": Rung({"student.edge_shortcut": False}, seeds=3),
-    "no-split-skips": Rung({"student.split_skips": False}, seeds=3),
-    "no-bias-correction": Rung({"student.bias_correction": False}, seeds=3),
+    "uniform-weights": Rung({"distill.weighting": "uniform"}, repeated=True),
+    "no-edge-shortcut": Rung({"student.edge_shortcut": False}, repeated=True),
+    "no-split-skips": Rung({"student.split_skips": False}, repeated=True),
+    "no-bias-correction": Rung({"student.bias_correction": False}, repeated=True),
     # Where TALSQ pays.
-    "one-scale": Rung({"student.per_step": False}, seeds=3),
-    "w2a4-one-scale": Rung({**bits(2, 4), "student.per_step": False}, seeds=3),
+    "one-scale": Rung({"student.per_step": False}, repeated=True),
+    "w2a4-one-scale": Rung({**bits(2, 4), "student.per_step": False}, repeated=True),
     # Baselines.
     "published": Rung({"recipe": "published", **PAPER}),
     "full-fine-tuning": Rung(WEIGHTS),
@@ -82,7 +82,7 @@ RUNGS: dict[str, Rung] = {
     "w4a8": Rung(bits(4, 8)),
     "w3a3": Rung(bits(3, 3)),
     "w2a8": Rung(bits(2, 8)),
-    "w2a4": Rung(bits(2, 4), seeds=3),
+    "w2a4": Rung(bits(2, 4), repeated=True),
     # Other numbers of steps: the student of T steps, then students that were made for fewer.
     "full-10-steps": Rung(of="full", num_steps=10),
     "full-40-steps": Rung(of="full", num_steps=40),
@@ -102,6 +102,8 @@ class LadderConfig:
     """Folder for a run folder per rung and seed, and for the tables and pictures."""
     rungs: tuple[str, ...] = tuple(RUNGS)
     """Rungs to climb; one that is finished is not run again."""
+    seeds: int = 3
+    """Distillations of those rungs whose spread is told; of the others there is one."""
     teacher_steps: tuple[int, ...] = TEACHER_STEPS
     """Numbers of steps to score the teacher at, beside the base's."""
     base: RunConfig = field(default_factory=RunConfig)
@@ -111,6 +113,8 @@ class LadderConfig:
         unknown = [name for name in self.rungs if name not in RUNGS]
         if unknown:
             raise ValueError(f"no rung {unknown[0]}; there are {', '.join(RUNGS)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
 
 
 def climb(config: LadderConfig) -> Path:
@@ -131,7 +135,7 @@ def climb(config: LadderConfig) -> Path:
         scores.append(_score(folder, dataclasses.replace(teacher, name=name), _drawing(base, num_steps), reference))
     for name in config.rungs:
         rung = RUNGS[name]
-        for number in range(rung.seeds):
+        for number in range(config.seeds if rung.repeated else 1):
             folder = config.output / name / str(base.seed + number)
             run = rung_config(base, rung.of or name, config.output / (rung.of or name) / folder.name, number)
             if (run.output / "state").exists():

@@ -158,7 +158,7 @@ def distill_student(config: RunConfig) -> Made:
     return Made(teacher, freeze(ptq), student, stopwatch.seconds)
 
 
-@lru_cache(maxsize=1)  # most rungs of a ladder share them
+@lru_cache(maxsize=3)  # the rungs of a ladder share them, seed by seed
 def _trajectories(
     teacher: str, solver: str, num_steps: int, eta: float, count: int, seed: int, batch_size: int
 ) -> Trajectories:

@@ -91,10 +91,17 @@ def test_every_rung_is_a_configuration_of_its_own(tmp_path):
     assert evaluations == {base.distill.batch_size * base.distill.rollout_steps}
 
 
-def test_an_unknown_rung_gets_one_line(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rungs", '["moon"]'], "no rung moon; there are ptq-min-max, ptq-error"),
+        (["--seeds", "0"], "seeds must be at least 1, not 0"),
+    ],
+)
+def test_wrong_input_gets_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        run_command("prog", climb, LadderConfig, ["--rungs", '["moon"]'])
+        run_command("prog", climb, LadderConfig, arguments)
     assert caught.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "no rung moon; there are ptq-min-max, ptq-error" in err
+    assert message in err
