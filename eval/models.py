@@ -15,7 +15,8 @@ from ddpm_mnist import InputError
 from ddpm_mnist.unet import PRETRAINED
 from quant import IntegerUNet, QuantizedUNet, to_integer
 
-RELEASED = {"teacher": PRETRAINED}
+STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
+RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDENTS}}
 # How a student runs: on the CPU's integers, or simulated in float, on the accelerator if there is one.
 RUNTIMES = ("integer", "simulated")
 

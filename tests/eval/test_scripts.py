@@ -13,8 +13,8 @@ from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import save_teacher
 from eval.fid import FidConfig, print_fid
 from eval.grid import GridConfig, draw_models, recorded_fid
-from eval.models import load_model
-from eval.sample import SampleConfig, write_samples
+from eval.models import STUDENTS, load_model
+from eval.sample import DrawConfig, SampleConfig, draw, write_samples
 from eval.train_features import FeaturesConfig, train_features
 from quant import freeze
 
@@ -67,13 +67,23 @@ def test_grid_labels_rows_with_recorded_scores(teacher_folder, student_folder, t
     assert picture[..., :3].std() > 0.05
 
 
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_released_student_draws_and_brings_its_config_and_score(name):
+    model = load_model(name, "integer")
+    assert model.bits == name.upper()
+    assert recorded_fid(model, GridConfig(models=[name]).drawing).endswith("(10,000)")
+    assert "weight_bits: " + name[1] in (model.folder / "config.yaml").read_text()
+    images, _ = draw(model, DrawConfig(num_images=2, num_steps=3))
+    assert images.float().std() > 20
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
         (
             "fid",
             ["--model", "nothing"],
-            'no model "nothing": neither released (teacher) nor a folder with a config.json',
+            'no model "nothing": neither released (teacher, w8a8, w4a8, w4a4, w2a4) nor a folder with a config.json',
         ),
         ("fid", ["--num-images", "1"], "num_images must be at least 2, not 1"),
         ("fid", ["--num-images", "many"], "num_images"),
