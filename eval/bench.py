@@ -35,7 +35,7 @@ from quant.summary import summarise
 
 @dataclass
 class BenchConfig:
-    student: str = "runs/quick"
+    student: str = "w4a4"
     """The student: a released name or a run folder."""
     teacher: str = "teacher"
     """The full-precision model: a released name, or a folder of diffusers."""
@@ -248,7 +248,8 @@ def _bytes_on_disk(config: BenchConfig, onnx: Path) -> dict[str, int]:
     sizes = {}
     for name in ("teacher", "student"):
         folder = load_model(getattr(config, name)).folder or Path()
-        sizes[name] = next(path for path in folder.rglob("*.safetensors")).stat().st_size
+        files = (*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors"))
+        sizes[name] = files[0].stat().st_size
     return {**sizes, **{path.name: path.stat().st_size for path in sorted(onnx.glob("[st]*.onnx"))}}
 
 

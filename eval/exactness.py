@@ -27,7 +27,7 @@ from quant.quantizers import Clock
 
 @dataclass
 class ExactnessConfig:
-    student: str = "runs/quick"
+    student: str = "w4a4"
     """The student: a released name or a run folder."""
     num_images: int = 32
     """Images whose denoising both follow, from the simulation's states."""

@@ -248,13 +248,14 @@ def fingerprint(config: RunConfig, teacher: Model) -> dict:
 
 def _facts(config: RunConfig, seconds: dict[str, float], distillation: float) -> list[str]:
     bits, options = config.student, config.distill
+    shortcut = ", shortcut over the last skip" if bits.edge_shortcut else ""
     what = f"rollouts of {options.rollout_steps} steps" if options.objective == "rollout" else "per-step loss"
     return [
         f"The teacher denoised {config.num_trajectories} noises with {config.teacher_sampler.solver} in "
         f"{config.teacher_sampler.num_steps} steps ({seconds['trajectories']:.0f} s). No data was used.",
-        f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last convolution and time "
-        f"embedding {bits.edge_bits} bits. Activation ranges were searched for each denoising step on "
-        f"{config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
+        f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last "
+        f"convolution{shortcut} and time embedding {bits.edge_bits} bits. Activation ranges were searched for each "
+        f"denoising step on {config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
         f"The student learned for {options.num_updates} updates of {options.batch_size} by {what} "
         f"({distillation:.0f} s): adapters of rank {bits.rank}, step sizes and zero points.",
     ]

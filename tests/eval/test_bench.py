@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_mnist.command import run_command
-from ddpm_mnist.unet import save_teacher
+from ddpm_mnist.unet import PRETRAINED, save_teacher
 from eval import bench
 from eval.export import ExportConfig, export
 from eval.models import load_model
@@ -49,6 +49,12 @@ def test_the_benchmark_writes_a_row_per_runtime_and_batch_size(folders, tmp_path
     table = output.with_suffix(".md").read_text()
     assert "| integer | student |" in table
     assert table in capsys.readouterr().out
+
+
+def test_the_released_w4a4_student_takes_a_seventh_of_its_teachers_bytes(tmp_path):
+    sizes = bench._bytes_on_disk(bench.BenchConfig("w4a4"), tmp_path)
+    assert sizes["teacher"] == (PRETRAINED / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert 7 * sizes["student"] <= sizes["teacher"]
 
 
 def test_a_student_is_exported_in_its_real_bits_and_as_onnx(folders, tmp_path, capsys):
