@@ -255,7 +255,8 @@ def _facts(config: RunConfig, seconds: dict[str, float], distillation: float) ->
         f"{config.teacher_sampler.num_steps} steps ({seconds['trajectories']:.0f} s). No data was used.",
         f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last "
         f"convolution{shortcut} and time embedding {bits.edge_bits} bits. Activation ranges were searched for each "
-        f"denoising step on {config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
+        f"denoising step on {config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is "
+        "the row “ptq”.",
         f"The student learned for {options.num_updates} updates of {options.batch_size} by {what} "
         f"({distillation:.0f} s): adapters of rank {bits.rank}, step sizes and zero points.",
     ]
