@@ -19,6 +19,7 @@ from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.sampler import SamplerConfig, Solver, denoise
 from eval.models import load_model
+from eval.sample import DrawConfig
 from quant import QuantConv2d, QuantizedUNet, to_integer
 from quant.functional import round_zero_point
 from quant.integer import ATTENTION, NORM, NORM_SILU, Instruction, IntegerLayer, Quantizer, fused_operator
@@ -37,9 +38,7 @@ class ExactnessConfig:
     """Image i starts from the noise of seed + i."""
 
     def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise ValueError(f"num_images must be at least 1, not {self.num_images}")
-        SamplerConfig(num_steps=self.num_steps)
+        DrawConfig(num_steps=self.num_steps, num_images=self.num_images, seed=self.seed)  # refuses what is outside
 
 
 def line_codes(line: Instruction, x: Tensor, quantizer: Quantizer, norm: nn.GroupNorm | None = None) -> Tensor:
@@ -138,6 +137,7 @@ def report(config: ExactnessConfig) -> dict[str, float]:
     student = load_model(config.student).denoiser
     if not isinstance(student, QuantizedUNet):
         raise InputError(f'"{config.student}" is no student: a run folder or a released student is needed')
+    student.cpu()
     if fused_operator() is None:
         raise InputError("integer.cpp does not run here: the layers run one by one, with the simulation's own codes")
     solver = Solver(SamplerConfig(num_steps=config.num_steps))

@@ -65,10 +65,11 @@ def markdown(rows: Sequence[Row], num_images: int, seed: int, solver: str) -> st
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
+        ratio = "–" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
         fid = f"{row.fid:.2f}" + (f" ± {row.spread:.2f}" if row.count > 1 else "")
         lines.append(
             f"| {row.name} | {row.bits} | {row.num_steps} | {row.count if row.bits != '32' else ''} | {fid} "
-            f"| {row.ratio:.2f} | {row.kid:.4f} | {row.mse_to_teacher:.4f} | {row.fid_to_teacher:.2f} "
+            f"| {ratio} | {row.kid:.4f} | {row.mse_to_teacher:.4f} | {row.fid_to_teacher:.2f} "
             f"| {row.milliseconds:.1f} |"
         )
     return "\n".join(lines) + "\n"

@@ -22,7 +22,7 @@ class DistillConfig:
     objective: str = "rollout"
     """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7), over
     mixed timesteps; "per-step-in-order": one timestep per update, in the order of the denoising, as published.
-    "denoising": the teacher's own training loss on MNIST instead (needs the data), to compare with."""
+    "denoising": DDPM's own loss on MNIST instead (needs the data), at the sampler's timesteps, to compare with."""
     learn: str = "adapters"
     """"adapters": B·A beside the frozen weights (QALoRA). "weights": all weights, biases and normalisations."""
     num_updates: int = 400

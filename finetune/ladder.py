@@ -20,14 +20,15 @@ from eval.grid import fid_label
 from eval.models import Model, load_model
 from eval.sample import DrawConfig, draw
 from eval.table import Row, markdown, summarise_scores
-from finetune.pipeline import RunConfig, distill_student, fingerprint
+from finetune.pipeline import RunConfig, distill_student, fingerprint, load_teacher
 from finetune.trajectories import MAX_SEED, make_trajectories
 from quant import QuantizedUNet
 
 Changes = dict[str, Any]
 NO_TRAINING: Changes = {"distill.num_updates": 0}
 PER_STEP: Changes = {"distill.objective": "per-step"}
-PAPER: Changes = {"student.edge_shortcut": False, "student.split_skips": False, "student.bias_correction": False}
+# The last shortcut keeps its 8 bits: the paper's code leaves all shortcuts in full precision.
+PAPER: Changes = {"student.split_skips": False, "student.bias_correction": False}
 PLAIN: Changes = {**PAPER, "student.per_step": False}
 WEIGHTS: Changes = {"distill.learn": "weights"}
 
@@ -92,6 +93,8 @@ RUNGS: dict[str, Rung] = {
 
 # The teacher's own rows: numbers of steps beside the base's.
 TEACHER_STEPS = (5, 10, 40, 50)
+# A rung's images, beside its score.
+IMAGES = "images.pt"
 # Trajectories whose errors are drawn.
 PATHS = 64
 
@@ -107,14 +110,24 @@ class LadderConfig:
     teacher_steps: tuple[int, ...] = TEACHER_STEPS
     """Numbers of steps to score the teacher at, beside the base's."""
     base: RunConfig = field(default_factory=RunConfig)
-    """The full method; every rung changes a part of it. Its output, runtime and grid_columns serve all rungs."""
+    """The full method; every rung changes a part of it. Its runtime and grid_columns serve all rungs."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.rungs if name not in RUNGS]
         if unknown:
             raise ValueError(f"no rung {unknown[0]}; there are {', '.join(RUNGS)}")
+        if not self.rungs or len(set(self.rungs)) < len(self.rungs):
+            raise ValueError(f"rungs must name different rungs, at least one, not {list(self.rungs)}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        # What a later rung would refuse is refused before anything long starts.
+        for num_steps in self.teacher_steps:
+            if num_steps < 1:
+                raise ValueError(f"teacher_steps must be at least 1, not {num_steps}")
+            _drawing(self.base, num_steps)
+        for name in self.rungs:
+            for number in range(self.seeds if RUNGS[name].repeated else 1):
+                rung_config(self.base, name, self.output, number)
 
 
 def climb(config: LadderConfig) -> Path:
@@ -126,7 +139,7 @@ def climb(config: LadderConfig) -> Path:
     Raises:
         InputError: no such teacher, or a rung's folder belongs to another configuration.
     """
-    base, teacher = config.base, load_model(config.base.teacher)
+    base, teacher = config.base, load_teacher(config.base.teacher)
     reference, _ = _images(config.output / "teacher", teacher, _drawing(base, 0))
     scores = []
     for num_steps in (0, *config.teacher_steps):
@@ -182,7 +195,7 @@ def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
 
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
     """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
-    path = folder / "images.pt"
+    path = folder / IMAGES
     if not path.exists():
         images, seconds = draw(model, drawing)
         content = io.BytesIO()
@@ -199,9 +212,10 @@ def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Ten
         images, seconds = _images(folder, model, drawing)
         write_json(path, dataclasses.asdict(score_images(model, images, seconds, reference, drawing)))
     score = json.loads(path.read_text())
-    for name in ("num_images", "num_steps", "seed"):
-        if score[name] != getattr(drawing, name):
-            raise InputError(f"{path} has {name} = {score[name]}, now it is {getattr(drawing, name)}: delete {folder}")
+    now = {name: getattr(drawing, name) for name in ("num_images", "num_steps", "seed", "solver")}
+    for name, value in {**now, "runtime": model.runtime}.items():
+        if score[name] != value:
+            raise InputError(f"{path} has {name} = {score[name]}, now it is {value}: delete it and {folder / IMAGES}")
     return score
 
 
@@ -221,15 +235,19 @@ def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str,
 
     grid, paths = [], {}
     for row in rows:
-        images, _ = _images(place(row), teacher, _drawing(base, row.num_steps))
+        rung = RUNGS.get(row.name, Rung())
+        made = folder / (rung.of or row.name) / str(base.seed)
+        model = teacher if row.bits == "32" else load_model(str(made), base.runtime)
+        images, _ = _images(place(row), model, _drawing(base, row.num_steps))
         steps = "" if row.num_steps == base.sampler.num_steps else f", {row.num_steps} steps"
-        label = f"{row.name} · {row.bits}{steps}\n{fid_label(row.fid, base.num_images)}"
+        mean = "mean " if row.count > 1 else ""
+        label = f"{row.name} · {row.bits}{steps}\n{mean}{fid_label(row.fid, base.num_images)}"
         grid.append((label, images[: base.grid_columns]))
         if row.num_steps == base.sampler.num_steps:
-            model = teacher if row.bits == "32" else load_model(str(place(row)), base.runtime)
             # From noise that neither scoring nor, unless it was asked for this very seed, distillation uses.
-            trajectories = make_trajectories(model.denoiser, Solver(base.sampler), PATHS, MAX_SEED)
-            paths[f"{row.name} · {row.bits}"] = trajectories.x
+            solver, at = Solver(base.sampler), model.denoiser.device
+            trajectories = make_trajectories(model.denoiser, solver, PATHS, MAX_SEED, device=at)
+            paths[f"{row.name} · {row.bits}"] = trajectories.x.cpu()
     figures = {
         "grid": plots.image_grid(grid),
         "rungs": plots.rungs_chart(rows),

@@ -68,6 +68,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.recipe not in ("distill", "published"):
             raise ValueError(f'recipe must be "distill" or "published", not "{self.recipe}"')
+        if self.lr_factor <= 0:
+            raise ValueError(f"lr_factor must be positive, not {self.lr_factor}")
         for name in ("teacher_steps", "num_trajectories", "calibration_trajectories", "batch_size", "grid_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -112,17 +114,25 @@ class Made:
     """Seconds per stage."""
 
 
+def load_teacher(argument: str) -> Model:
+    """The model of that name or folder; InputError if there is none, or if it is not of full precision."""
+    teacher = load_model(argument)
+    if teacher.weight_bits != 32:
+        raise InputError(f'the teacher must be of full precision, "{argument}" is {teacher.bits}')
+    return teacher
+
+
 def distill_student(config: RunConfig) -> Made:
-    """Make a student: sample the teacher's trajectories from noise, calibrate, distil. Needs no data.
+    """Make a student: sample the teacher's trajectories from noise, calibrate, distil.
+
+    Needs no data, but for the objective "denoising".
 
     Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder.
 
     Raises:
         InputError: no such teacher, or the folder belongs to another configuration.
     """
-    teacher = load_model(config.teacher)
-    if teacher.weight_bits != 32:
-        raise InputError(f'the teacher must be of full precision, "{config.teacher}" is {teacher.bits}')
+    teacher = load_teacher(config.teacher)
     run = RunState(config.output, fingerprint(config, teacher))
     save_config(config, config.output / "config.yaml")
     images = load_mnist("train")[0] if config.distill.objective == "denoising" else None
@@ -219,7 +229,7 @@ def run(config: RunConfig) -> Path:
         write_bytes(config.output / f"{name}.png", to_png(figure))
     write_report(
         config.output / "report.html",
-        title=f"{models[-1].bits} student, distilled without data",
+        title=_title(config, models[-1].bits),
         facts=_facts(config, made.seconds, log[-1]["seconds"] if log else 0.0),
         scores=scores,
         layers=layers,
@@ -246,19 +256,35 @@ def fingerprint(config: RunConfig, teacher: Model) -> dict:
     return {**fields, "teacher's weights": weights.hexdigest()[:12]}
 
 
+def _title(config: RunConfig, bits: str) -> str:
+    return f"{bits} student, " + ("trained on MNIST" if _uses_data(config) else "distilled without data")
+
+
+def _uses_data(config: RunConfig) -> bool:
+    return config.recipe == "distill" and config.distill.objective == "denoising"
+
+
 def _facts(config: RunConfig, seconds: dict[str, float], distillation: float) -> list[str]:
     bits, options = config.student, config.distill
     shortcut = ", shortcut over the last skip" if bits.edge_shortcut else ""
-    what = f"rollouts of {options.rollout_steps} steps" if options.objective == "rollout" else "per-step loss"
+    ranges = "for each denoising step" if bits.per_step else "for all denoising steps together"
+    if config.recipe == "published":
+        what = "the recipe of EfficientDM's published code"
+    elif options.objective == "rollout":
+        what = f"rollouts of {options.rollout_steps} steps"
+    else:
+        what = f"the objective “{options.objective}”"
+    adapted = config.recipe == "published" or options.learn == "adapters"
+    learned = f"adapters of rank {bits.rank}" if adapted else "the weights"
     return [
         f"The teacher denoised {config.num_trajectories} noises with {config.teacher_sampler.solver} in "
-        f"{config.teacher_sampler.num_steps} steps ({seconds['trajectories']:.0f} s). No data was used.",
+        f"{config.teacher_sampler.num_steps} steps ({seconds['trajectories']:.0f} s). "
+        + ("The student learned on MNIST itself." if _uses_data(config) else "No data was used."),
         f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last "
-        f"convolution{shortcut} and time embedding {bits.edge_bits} bits. Activation ranges were searched for each "
-        f"denoising step on {config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is "
-        "the row “ptq”.",
+        f"convolution{shortcut} and time embedding {bits.edge_bits} bits. Activation ranges were set {ranges} on "
+        f"{config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
         f"The student learned for {options.num_updates} updates of {options.batch_size} by {what} "
-        f"({distillation:.0f} s): adapters of rank {bits.rank}, step sizes and zero points.",
+        f"({distillation:.0f} s): {learned}, step sizes and zero points.",
     ]
 
 

@@ -39,12 +39,12 @@ class StepCostConfig:
 def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
     """Time one update of each kind in turn, and print the medians and their ratios to the teacher's.
 
-    The rollout is that of the quick run.
+    The student and the rollout are those of the quick run.
     """
     unet = load_model("teacher").denoiser.cpu()
     solver = Solver(SamplerConfig())
     buffer = make_trajectories(unet, solver, 16, seed=0)
-    student = quantize(unet, QuantConfig(), solver.timesteps.tolist())
+    student = quantize(unet, QuantConfig(rank=16), solver.timesteps.tolist())
     calibrate(student, calibration_states(buffer, solver, 16))
     unet.requires_grad_(True)
     schedule = make_noise_schedule()
