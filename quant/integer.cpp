@@ -79,18 +79,20 @@ struct State {
   int64_t channels;
 };
 
-// Codes of x, enlarged by `factor` in both directions by repetition.
-void quantize(State x, int64_t height, int64_t width, int64_t factor, const Quantizer& quantizer, uint8_t* codes) {
-  const int64_t c = x.channels, row = width * c;
+// Codes of the concatenation [x, skip], enlarged by `factor` in both directions by repetition.
+void quantize(State x, State skip, int64_t height, int64_t width, int64_t factor, const Quantizer& quantizer,
+              uint8_t* codes) {
+  const int64_t c = x.channels + skip.channels, row = width * c;
   for (int64_t y = 0; y < height; ++y, codes += factor * factor * row) {
-    const float* from = x.data + y * row;
-    if (factor == 1) {
-      quantizer(from, row, codes);
+    if (factor == 1 && skip.channels == 0) {
+      quantizer(x.data + y * row, row, codes);
       continue;
     }
     for (int64_t i = 0; i < width; ++i) {
+      const int64_t at = y * width + i;
       uint8_t* pixel = codes + i * factor * c;
-      quantizer(from + i * c, c, pixel);
+      quantizer(x.data + at * x.channels, x.channels, pixel);
+      quantizer(skip.data + at * skip.channels, skip.channels, pixel + x.channels);
       for (int64_t copy = 1; copy < factor; ++copy) std::memcpy(pixel + copy * c, pixel, c);
     }
     for (int64_t copy = 1; copy < factor; ++copy) std::memcpy(codes + copy * factor * row, codes, factor * row);
@@ -400,8 +402,9 @@ Tensor run(const Tensor& sample, const Tensor& instructions, at::TensorList weig
         const int64_t pixels = line.height * line.width;
         codes.resize(std::max<size_t>(codes.size(), pixels * line.factor * line.factor *
                                                         (line.source_channels + line.skip_channels)));
+        const State skip{line.skip < 0 ? nullptr : states.data() + line.skip, line.skip_channels};
         if (line.kind == kQuantize) {
-          quantize(x, line.height, line.width, line.factor, quantizer, codes.data());
+          quantize(x, skip, line.height, line.width, line.factor, quantizer, codes.data());
         } else if (line.kind == kAttention) {
           const int64_t channels = line.source_channels / 3, size = channels / line.heads;
           Head attend(pixels, channels, size);
@@ -410,7 +413,6 @@ Tensor run(const Tensor& sample, const Tensor& instructions, at::TensorList weig
         } else {
           const Norm norm{norm_weights[line.norm].const_data_ptr<float>(),
                           norm_biases[line.norm].const_data_ptr<float>(), norm_groups[line.norm], norm_eps[line.norm]};
-          const State skip{line.skip < 0 ? nullptr : states.data() + line.skip, line.skip_channels};
           norm(x, skip, pixels, line.kind == kNormSilu, quantizer, codes.data());
         }
         const auto middle = Clock::now();

@@ -266,7 +266,7 @@ class Program:
         if isinstance(shortcut, SkipConv2d):
             x = self._emit(shortcut.skip, skip, residual=self._emit(shortcut.hidden, x))
         elif shortcut is not None:
-            x = self._emit(shortcut, x)
+            x = self._emit(shortcut, x, skip=skip)
         return self._emit(block.conv2, hidden, NORM_SILU, block.norm2, residual=x)
 
     def _attend(self, block: Any, x: int) -> int:
@@ -427,9 +427,10 @@ class IntegerUNet(nn.Module):
         for number, line in enumerate(program.instructions):
             quantizer = moment.quantizers[line.layer]
             source = states[line.source]
+            if line.skip >= 0:
+                source = torch.cat([source, states[line.skip]], 1)
             if line.kind in (NORM, NORM_SILU):
-                norm = self.norms[line.norm]
-                source = norm(source if line.skip < 0 else torch.cat([source, states[line.skip]], 1))
+                source = self.norms[line.norm](source)
                 source = F.silu(source) if line.kind == NORM_SILU else source
             elif line.kind == ATTENTION:
                 pattern = "n (qkv heads c) h w -> qkv n heads (h w) c"

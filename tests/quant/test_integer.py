@@ -255,7 +255,8 @@ def test_timesteps_may_be_mixed_in_a_batch(frozen, buffer):
         ({"block_out_channels": (8, 8), "mid_block_type": None, "norm_num_groups": 2}, (8, 8)),
     ],
 )
-def test_other_unets_are_followed_by_their_structure(options, size, use, way):
+@pytest.mark.parametrize("split_skips", [True, False])
+def test_other_unets_are_followed_by_their_structure(options, size, split_skips, use, way):
     use(way)
     torch.manual_seed(0)
     depth = len(options["block_out_channels"])
@@ -266,7 +267,7 @@ def test_other_unets_are_followed_by_their_structure(options, size, use, way):
         **{"norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8, **options},
     ).eval()  # fmt: skip
     x = torch.randn(4, 3, *size)
-    student = quantize(unet, QuantConfig(8, 8), [700])
+    student = quantize(unet, QuantConfig(8, 8, split_skips=split_skips), [700])
     calibrate(student, {700: x})
     frozen = freeze(student)
     with torch.no_grad():
