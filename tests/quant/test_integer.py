@@ -111,7 +111,7 @@ def test_a_wrong_zero_point_is_seen_as_flipped_codes(frozen, buffer, monkeypatch
     read = integer._read_quantizer
     monkeypatch.setattr(integer, "_read_quantizer", lambda q: read(q)._replace(zero_point=read(q).zero_point + 1))
     shares = flipped_shares(frozen, buffer.x[:, 3], frozen.clock.timesteps[3])
-    assert min(shares.values()) == 0 < 0.02 < max(shares.values())
+    assert min(shares.values()) > 0.5, "in every layer, all codes but those at the end of the range"
 
 
 def test_states_that_are_needed_at_once_do_not_overlap(frozen, buffer):
@@ -280,7 +280,9 @@ def test_layers_that_would_saturate_run_in_exact_float_and_are_named(frozen, buf
     use("oneDNN")
     monkeypatch.setattr(integer, "sums_are_exact", lambda: False)
     model = to_integer(frozen)
-    assert model.summary() == f"2 layers by exact float, {len(model.layers) - 2} layers by oneDNN (conv_in, conv_out)"
+    shortcut = "up_blocks.1.resnets.1.conv_shortcut"
+    edges = f"conv_in, {shortcut}.hidden, {shortcut}.skip, conv_out"
+    assert model.summary() == f"4 layers by exact float, {len(model.layers) - 4} layers by oneDNN ({edges})"
     t = frozen.clock.timesteps[1]
     with torch.no_grad():
         expected = frozen(buffer.x[:, 1], t).sample
