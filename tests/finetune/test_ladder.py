@@ -95,7 +95,13 @@ def test_every_rung_is_a_configuration_of_its_own(tmp_path):
     ("arguments", "message"),
     [
         (["--rungs", '["moon"]'], "no rung moon; there are ptq-min-max, ptq-error"),
+        (["--rungs", '["full", "full"]'], "rungs must name different rungs, at least one"),
+        (["--rungs", "[]"], "rungs must name different rungs, at least one"),
         (["--seeds", "0"], "seeds must be at least 1, not 0"),
+        (["--teacher_steps", "[0]"], "teacher_steps must be at least 1, not 0"),
+        (["--teacher_steps", "[61]"], "num_steps 61 cannot be spaced"),
+        (["--base.seed", "8191"], "seed must lie in 0…8191, not 8192"),
+        (["--base.lr_factor", "0"], "lr_factor must be positive, not 0"),
     ],
 )
 def test_wrong_input_gets_one_line(arguments, message, capsys):
