@@ -23,6 +23,7 @@ from eval.report import write_report
 from eval.sample import DrawConfig, draw
 from finetune.baselines import published_distill, published_start
 from finetune.distill import DistillConfig, distill
+from finetune.gain import restore_variance
 from finetune.sensitivity import step_sensitivity
 from finetune.trajectories import MAX_SEED, MAX_TRAJECTORIES, Trajectories, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
@@ -54,6 +55,8 @@ class RunConfig:
     calibration_trajectories: int = 64
     """How many of them the calibration of the activations looks at."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    restore_variance: bool = True
+    """Scale ε after the distillation, so that the student's images vary as much as the teacher's: finetune/gain.py."""
     num_images: int = 2000
     """Images to score each model on."""
     score_seed: int = 0
@@ -110,6 +113,8 @@ class Made:
     """The student before distillation, frozen."""
     student: QuantizedUNet
     """The student, frozen."""
+    gain: float
+    """What its ε was scaled by, less 1."""
     seconds: dict[str, float]
     """Seconds per stage."""
 
@@ -127,12 +132,16 @@ def distill_student(config: RunConfig) -> Made:
 
     Needs no data, but for the objective "denoising".
 
-    Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder.
+    Writes config.yaml, model.safetensors, config.json, gain.json, scheduler/, log.jsonl and state/ into the run
+    folder.
 
     Raises:
-        InputError: no such teacher, or the folder belongs to another configuration.
+        InputError: no such teacher, or it has no middle block to restore the variance by, or the folder belongs to
+            another configuration.
     """
     teacher = load_teacher(config.teacher)
+    if config.restore_variance and teacher.denoiser.mid_block is None:
+        raise InputError(f'the teacher "{config.teacher}" has no middle block: restore_variance must be false')
     run = RunState(config.output, fingerprint(config, teacher))
     save_config(config, config.output / "config.yaml")
     images = load_mnist("train")[0] if config.distill.objective == "denoising" else None
@@ -162,10 +171,17 @@ def distill_student(config: RunConfig) -> Made:
             buffer.weights = step_sensitivity(teacher.denoiser, ptq, solver, some)
         distill(student, solver, buffer, config.distill, run, config.seed, images)
     stopwatch.lap("distillation")
-    student = freeze(student)
+    student, gain = freeze(student), 0.0
+    if config.restore_variance:
+        restored = restore_variance(
+            student, teacher.denoiser, config.sampler, buffer, config.seed, config.runtime, config.batch_size
+        )
+        student, gain = restored.student, restored.gain
+        write_json(config.output / "gain.json", restored.record())
+    stopwatch.lap("gain")
     student.save_pretrained(config.output)
     make_scheduler(config.sampler).save_pretrained(config.output / "scheduler")
-    return Made(teacher, freeze(ptq), student, stopwatch.seconds)
+    return Made(teacher, freeze(ptq), student, gain, stopwatch.seconds)
 
 
 @lru_cache(maxsize=3)  # the rungs of a ladder share them, seed by seed
@@ -230,7 +246,7 @@ def run(config: RunConfig) -> Path:
     write_report(
         config.output / "report.html",
         title=_title(config, models[-1].bits),
-        facts=_facts(config, made.seconds, log[-1]["seconds"] if log else 0.0),
+        facts=_facts(config, made, log[-1]["seconds"] if log else 0.0),
         scores=scores,
         layers=layers,
         config=(config.output / "config.yaml").read_text(),
@@ -264,8 +280,8 @@ def _uses_data(config: RunConfig) -> bool:
     return config.recipe == "distill" and config.distill.objective == "denoising"
 
 
-def _facts(config: RunConfig, seconds: dict[str, float], distillation: float) -> list[str]:
-    bits, options = config.student, config.distill
+def _facts(config: RunConfig, made: Made, distillation: float) -> list[str]:
+    bits, options, seconds = config.student, config.distill, made.seconds
     shortcut = ", shortcut over the last skip" if bits.edge_shortcut else ""
     ranges = "for each denoising step" if bits.per_step else "for all denoising steps together"
     if config.recipe == "published":
@@ -284,7 +300,8 @@ def _facts(config: RunConfig, seconds: dict[str, float], distillation: float) ->
         f"convolution{shortcut} and time embedding {bits.edge_bits} bits. Activation ranges were set {ranges} on "
         f"{config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
         f"The student learned for {options.num_updates} updates of {options.batch_size} by {what} "
-        f"({distillation:.0f} s): {learned}, step sizes and zero points.",
+        f"({distillation:.0f} s): {learned}, step sizes and zero points."
+        + (f" Its ε was then scaled by {1 + made.gain:.4f}." if config.restore_variance else ""),
     ]
 
 

@@ -33,6 +33,11 @@ class Trajectories:
         return Trajectories(self.x[:, ::stride], eps, torch.ones(eps.shape[1], device=eps.device))
 
 
+def first_noise(seed: int) -> int:
+    """The seed of the first noise of the buffer of that seed."""
+    return SEED_LIMIT + seed * MAX_TRAJECTORIES
+
+
 def make_trajectories(
     teacher: Denoiser,
     solver: Solver,
@@ -49,7 +54,7 @@ def make_trajectories(
         seed: 0 … 2^13 - 1; each has a range of noises of its own, which no scoring uses.
     """
     states, answers = [], []
-    for seeds in batches(SEED_LIMIT + seed * MAX_TRAJECTORIES, count, batch_size):
+    for seeds in batches(first_noise(seed), count, batch_size):
         steps = list(denoise(teacher, solver, seeds, device))
         states.append(torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1))
         answers.append(torch.stack([step.eps for step in steps], dim=1))

@@ -107,6 +107,20 @@ class QuantizedUNet(nn.Module):
             for layer in layers:
                 layer.shared_weight = None
 
+    @torch.no_grad()
+    def scale_output(self, factor: float) -> None:
+        """Multiply ε by `factor` for good: the last convolution's step sizes and bias take it, its codes stay.
+
+        Raises:
+            ValueError: the model is not frozen.
+        """
+        last = self.unet.conv_out
+        if last.codes is None:
+            raise ValueError("only a frozen model can be scaled: call quant.freeze first")
+        for parameter in (last.weight_quantizer.scale, last.bias):
+            parameter *= factor
+        _round_to_half(last)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into `folder`, weights in their real bits.
 

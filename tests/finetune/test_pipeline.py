@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DModel
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
@@ -35,6 +36,7 @@ def test_the_main_job_leaves_a_whole_run_folder(config_path, tmp_path, capsys):
     for name in (
         "model.safetensors",
         "config.json",
+        "gain.json",
         "scheduler/scheduler_config.json",
         "log.jsonl",
         "state/latest.pt",
@@ -82,8 +84,9 @@ def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
 
 
 def test_without_updates_the_student_is_the_calibrated_one(config_path, tmp_path):
+    arguments = ["--config", str(config_path), "--distill.num_updates", "0", "--restore_variance", "false"]
     for _ in range(2):  # the second time from the state of the first
-        run_command("prog", run, RunConfig, ["--config", str(config_path), "--distill.num_updates", "0"])
+        run_command("prog", run, RunConfig, arguments)
     _, ptq, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (ptq["fid"], ptq["mse_to_teacher"]) == (student["fid"], student["mse_to_teacher"])
     assert (tmp_path / "run" / "report.html").is_file()
@@ -181,6 +184,16 @@ def test_a_damaged_state_gets_one_line(config_path, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "latest.pt cannot be read" in err
     assert err.count("\n") == 1
+
+
+def test_a_teacher_without_a_middle_block_is_refused_where_it_is_needed(config_path, tmp_path, capsys):
+    folder = tmp_path / "teacher" / "unet"
+    options = dict(UNet2DModel.load_config(folder), mid_block_type=None)
+    UNet2DModel.from_config(options).save_pretrained(folder)
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", run, RunConfig, ["--config", str(config_path)])
+    assert caught.value.code == 2
+    assert "has no middle block: restore_variance must be false" in capsys.readouterr().err
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
