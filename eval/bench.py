@@ -1,6 +1,5 @@
 """Every runtime side by side: milliseconds per denoising step, memory, and bytes on disk."""
 
-import ctypes
 import dataclasses
 import importlib.util
 import os
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.runs import prepare_output, progress, write_json, write_text
+from eval.memory import peak_memory
 from eval.models import load_model
 from eval.runtimes import Runtimes, onnx_runtimes, torch_runtimes
 from quant import QuantConv2d, QuantizedUNet, to_integer
@@ -125,7 +125,7 @@ def _time(runtimes: Runtimes, batch_size: int, config: BenchConfig) -> list[Row]
         for key, denoiser in runtimes.items():  # compiles and warms up
             for _ in range(2):
                 denoiser(x, t)
-            memory[key] = _peak_memory(partial(denoiser, x, t))
+            memory[key] = peak_memory(partial(denoiser, x, t))
         for number in range(config.rounds):
             for key, denoiser in runtimes.items():
                 start = time.perf_counter()
@@ -138,24 +138,6 @@ def _time(runtimes: Runtimes, batch_size: int, config: BenchConfig) -> list[Row]
         rate = batch_size / (median * config.num_steps)
         rows.append(Row(*key, batch_size, round(median * 1e3, 3), round(rate, 2), memory[key]))
     return rows
-
-
-def _peak_memory(step: Callable[[], Any]) -> float | None:
-    """MiB by which the resident memory grows at its peak during `step`."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back first
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        before = _status("VmRSS")
-        step()
-        return round((_status("VmHWM") - before) / 1024, 1)
-    except (OSError, AttributeError):
-        return None
-
-
-def _status(field: str) -> int:
-    """A line of the process's status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def _convolutions(student: QuantizedUNet, batch_size: int, rounds: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""What one update costs: distillation against plain training of the teacher, side by side in one run."""
+"""What one update costs, in time and memory: distillation beside plain training of the teacher, in one run."""
 
+import math
 import platform
 import statistics
 import sys
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ddpm_mnist.command import run_command
 from ddpm_mnist.sampler import SamplerConfig, Solver
 from ddpm_mnist.unet import make_noise_schedule
+from eval.memory import peak_memory
 from eval.models import load_model
 from finetune.distill import DistillConfig, distillation_loss, parameter_groups
 from finetune.pipeline import calibration_states
@@ -37,7 +39,7 @@ class StepCostConfig:
 
 
 def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
-    """Time one update of each kind in turn, and print the medians and their ratios to the teacher's.
+    """Time one update of each kind in turn; print the medians, the peak memory, and their ratios to the teacher's.
 
     The student and the rollout are those of the quick run.
     """
@@ -79,22 +81,27 @@ def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(config.rounds + 1):
+    memory = {}
+    for name, update in kinds.items():  # the first update makes the optimiser's state
+        update()
+        memory[name] = peak_memory(update) or math.nan
+    for _ in range(config.rounds):
         for name, update in kinds.items():
             start = time.perf_counter()
             update()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
 
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     table = Table(title=f"One update, median of {config.rounds} rounds ({machine}, torch {torch.__version__})")
     table.add_column("kind")
-    table.add_column("seconds", justify="right")
-    table.add_column("to the teacher's", justify="right")
-    values = list(medians.values())
-    for index, (name, value) in enumerate(medians.items()):
-        table.add_row(name, f"{value:.3f}", f"{value / values[index // 2 * 2]:.2f}")
+    for column in ("seconds", "to the teacher's", "MiB", "to the teacher's"):
+        table.add_column(column, justify="right")
+    names = list(kinds)
+    for index, name in enumerate(names):
+        beside = names[index // 2 * 2]
+        cells = [f"{medians[name]:.3f}", f"{medians[name] / medians[beside]:.2f}"]
+        table.add_row(name, *cells, f"{memory[name]:.0f}", f"{memory[name] / memory[beside]:.2f}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     return medians
 
