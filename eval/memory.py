@@ -7,15 +7,16 @@ from typing import Any
 
 
 def peak_memory(step: Callable[[], Any]) -> float | None:
-    """MiB by which the resident memory grows at its peak during `step`."""
+    """MiB by which the resident memory grows at its peak during `step`; None where the system does not tell."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back first
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
         before = _status("VmRSS")
-        step()
-        return round((_status("VmHWM") - before) / 1024, 1)
     except (OSError, AttributeError):
+        step()
         return None
+    step()
+    return round((_status("VmHWM") - before) / 1024, 1)
 
 
 def _status(field: str) -> int:

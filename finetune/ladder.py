@@ -25,7 +25,7 @@ from finetune.trajectories import MAX_SEED, make_trajectories
 from quant import QuantizedUNet
 
 Changes = dict[str, Any]
-NO_GAIN: Changes = {"restore_variance": False}
+NO_GAIN: Changes = {"variance_images": 0}
 NO_TRAINING: Changes = {"distill.num_updates": 0, **NO_GAIN}
 PER_STEP: Changes = {"distill.objective": "per-step"}
 # The last shortcut keeps its 8 bits: the paper's code leaves all shortcuts in full precision.
@@ -60,7 +60,7 @@ RUNGS: dict[str, Rung] = {
     "qalora": Rung({**PER_STEP, **PLAIN, "distill.scale_aware": False}),
     "scale-aware": Rung({**PER_STEP, **PLAIN}),
     "talsq": Rung({**PER_STEP, **PAPER}),
-    # The objective, all else being the full method.
+    # The objective, all else being the full method, its gain included.
     "denoising": Rung({"distill.objective": "denoising"}),
     "in-order": Rung({"distill.objective": "per-step-in-order"}),
     "per-step": Rung(PER_STEP),

@@ -14,7 +14,7 @@ from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_mnist
 from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_json
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler, sample
 from eval.fid import print_scores, score_images
 from eval.grid import fid_label, row_label
 from eval.models import Model, check_runtime, device, load_model, runnable
@@ -25,7 +25,7 @@ from finetune.baselines import published_distill, published_start
 from finetune.distill import DistillConfig, distill
 from finetune.gain import restore_variance
 from finetune.sensitivity import step_sensitivity
-from finetune.trajectories import MAX_SEED, MAX_TRAJECTORIES, Trajectories, make_trajectories
+from finetune.trajectories import MAX_SEED, NOISES, Trajectories, held_out_noise, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
 from quant.summary import shares, summarise
 
@@ -55,8 +55,9 @@ class RunConfig:
     calibration_trajectories: int = 64
     """How many of them the calibration of the activations looks at."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    restore_variance: bool = True
-    """Scale ε after the distillation, so that the student's images vary as much as the teacher's: finetune/gain.py."""
+    variance_images: int = 2048
+    """Images of student and teacher whose variance is compared after the distillation, to scale the student's ε
+    (finetune/gain.py); 0 leaves it as it is."""
     num_images: int = 2000
     """Images to score each model on."""
     score_seed: int = 0
@@ -66,7 +67,7 @@ class RunConfig:
     grid_columns: int = 12
     """Images per row of the grid."""
     runtime: str = "integer"
-    """How the student runs when it is scored: "integer", or "simulated" in float."""
+    """How the student runs when its gain is found and when it is scored: "integer", or "simulated" in float."""
 
     def __post_init__(self) -> None:
         if self.recipe not in ("distill", "published"):
@@ -81,8 +82,13 @@ class RunConfig:
             raise ValueError(f"calibration_trajectories must be at most num_trajectories, {self.num_trajectories}")
         if self.num_images < max(2, self.grid_columns):
             raise ValueError(f"num_images must be at least 2 and grid_columns, not {self.num_images}")
-        if self.num_trajectories > MAX_TRAJECTORIES:
-            raise ValueError(f"num_trajectories must be at most {MAX_TRAJECTORIES}, not {self.num_trajectories}")
+        if self.variance_images < 0 or self.variance_images == 1:
+            raise ValueError(f"variance_images must be 0 or at least 2, not {self.variance_images}")
+        if self.num_trajectories > NOISES - self.variance_images:
+            most = f"2^18 - variance_images, {NOISES - self.variance_images}"
+            raise ValueError(f"num_trajectories must be at most {most}, not {self.num_trajectories}")
+        if self.recipe == "published" and self.variance_images:
+            raise ValueError("the published recipe has no gain: variance_images must be 0")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed must lie in 0…{MAX_SEED}, not {self.seed}")
         if not 0 <= self.score_seed <= SEED_LIMIT - self.num_images:
@@ -132,16 +138,16 @@ def distill_student(config: RunConfig) -> Made:
 
     Needs no data, but for the objective "denoising".
 
-    Writes config.yaml, model.safetensors, config.json, gain.json, scheduler/, log.jsonl and state/ into the run
-    folder.
+    Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder,
+    and gain.json where there is a gain.
 
     Raises:
-        InputError: no such teacher, or it has no middle block to restore the variance by, or the folder belongs to
-            another configuration.
+        InputError: no such teacher, or none that the gain can be measured with; the student cannot run as `runtime`
+            says; or the folder belongs to another configuration.
     """
     teacher = load_teacher(config.teacher)
-    if config.restore_variance and teacher.denoiser.mid_block is None:
-        raise InputError(f'the teacher "{config.teacher}" has no middle block: restore_variance must be false')
+    if config.variance_images and teacher.denoiser.mid_block is None:
+        raise InputError(f'the teacher "{config.teacher}" has no middle block: variance_images must be 0')
     run = RunState(config.output, fingerprint(config, teacher))
     save_config(config, config.output / "config.yaml")
     images = load_mnist("train")[0] if config.distill.objective == "denoising" else None
@@ -160,6 +166,10 @@ def distill_student(config: RunConfig) -> Made:
     else:
         ptq = quantize(teacher.denoiser, config.student, timesteps)
         calibrate(ptq, states)
+    try:
+        runnable(freeze(ptq), config.runtime)
+    except ValueError as error:
+        raise InputError(f'the student cannot run as "{config.runtime}": {error}') from error
     stopwatch.lap("calibration")
 
     student = copy.deepcopy(ptq)
@@ -172,9 +182,12 @@ def distill_student(config: RunConfig) -> Made:
         distill(student, solver, buffer, config.distill, run, config.seed, images)
     stopwatch.lap("distillation")
     student, gain = freeze(student), 0.0
-    if config.restore_variance:
+    if config.variance_images:
+        noise = held_out_noise(config.seed, config.variance_images)
+        goal = _teacher_images(config.teacher, *drawn, config.variance_images, noise, config.batch_size)
+        last = int(Solver(config.teacher_sampler).timesteps[-1])
         restored = restore_variance(
-            student, teacher.denoiser, config.sampler, buffer, config.seed, config.runtime, config.batch_size
+            student, teacher.denoiser, last, config.sampler, goal, noise, config.runtime, config.batch_size
         )
         student, gain = restored.student, restored.gain
         write_json(config.output / "gain.json", restored.record())
@@ -192,6 +205,15 @@ def _trajectories(
     with progress("teacher's trajectories", count) as advance:
         options = SamplerConfig(solver, num_steps, eta)
         return make_trajectories(denoiser, Solver(options), count, seed, batch_size, device(), advance)
+
+
+@lru_cache(maxsize=3)
+def _teacher_images(
+    teacher: str, solver: str, num_steps: int, eta: float, count: int, seed: int, batch_size: int
+) -> torch.Tensor:
+    denoiser, options = load_model(teacher).denoiser, SamplerConfig(solver, num_steps, eta)
+    with progress("teacher's images", count) as advance:
+        return sample(denoiser, options, count, seed, batch_size, device(), advance)
 
 
 def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict[int, torch.Tensor]:
@@ -262,7 +284,7 @@ def run(config: RunConfig) -> Path:
 def fingerprint(config: RunConfig, teacher: Model) -> dict:
     """What decides the student: its part of the configuration, and the teacher's very weights."""
     fields = dataclasses.asdict(config)
-    for free in ("output", "teacher", "num_images", "score_seed", "grid_columns", "runtime"):
+    for free in ("output", "teacher", "num_images", "score_seed", "grid_columns"):
         del fields[free]
     for free in ("log_every", "save_every"):
         del fields["distill"][free]
@@ -301,7 +323,7 @@ def _facts(config: RunConfig, made: Made, distillation: float) -> list[str]:
         f"{config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
         f"The student learned for {options.num_updates} updates of {options.batch_size} by {what} "
         f"({distillation:.0f} s): {learned}, step sizes and zero points."
-        + (f" Its ε was then scaled by {1 + made.gain:.4f}." if config.restore_variance else ""),
+        + (f" Its ε was then scaled by {1 + made.gain:.3f} ({seconds['gain']:.0f} s)." if made.gain else ""),
     ]
 
 

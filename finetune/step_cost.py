@@ -1,6 +1,5 @@
 """What one update costs, in time and memory: distillation beside plain training of the teacher, in one run."""
 
-import math
 import platform
 import statistics
 import sys
@@ -84,7 +83,7 @@ def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
     memory = {}
     for name, update in kinds.items():  # the first update makes the optimiser's state
         update()
-        memory[name] = peak_memory(update) or math.nan
+        memory[name] = peak_memory(update)
     for _ in range(config.rounds):
         for name, update in kinds.items():
             start = time.perf_counter()
@@ -95,13 +94,15 @@ def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     table = Table(title=f"One update, median of {config.rounds} rounds ({machine}, torch {torch.__version__})")
     table.add_column("kind")
-    for column in ("seconds", "to the teacher's", "MiB", "to the teacher's"):
+    for column in ("seconds", "ratio", "MiB", "ratio"):
         table.add_column(column, justify="right")
     names = list(kinds)
     for index, name in enumerate(names):
         beside = names[index // 2 * 2]
         cells = [f"{medians[name]:.3f}", f"{medians[name] / medians[beside]:.2f}"]
-        table.add_row(name, *cells, f"{memory[name]:.0f}", f"{memory[name] / memory[beside]:.2f}")
+        if (ours := memory[name]) is not None and (theirs := memory[beside]):
+            cells += [f"{ours:.0f}", f"{ours / theirs:.2f}"]
+        table.add_row(name, *cells)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     return medians
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ddpm_mnist.sampler import SEED_LIMIT, Denoiser, Solver, batches, denoise
 
-# Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31, the buffers' from there on.
-MAX_TRAJECTORIES = 1 << 18
+# Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31; from there on each buffer has a
+# range of its own. What learns from the buffer is tested on the last noises of its range.
+NOISES = 1 << 18
 MAX_SEED = (1 << 13) - 1
 
 
@@ -35,7 +36,12 @@ class Trajectories:
 
 def first_noise(seed: int) -> int:
     """The seed of the first noise of the buffer of that seed."""
-    return SEED_LIMIT + seed * MAX_TRAJECTORIES
+    return SEED_LIMIT + seed * NOISES
+
+
+def held_out_noise(seed: int, count: int) -> int:
+    """The seed of the first of the last `count` noises in that buffer's range."""
+    return first_noise(seed + 1) - count
 
 
 def make_trajectories(

@@ -111,6 +111,8 @@ class QuantizedUNet(nn.Module):
     def scale_output(self, factor: float) -> None:
         """Multiply ε by `factor` for good: the last convolution's step sizes and bias take it, its codes stay.
 
+        They are rounded to half precision again, so that the factor is met to some 5e-4.
+
         Raises:
             ValueError: the model is not frozen.
         """

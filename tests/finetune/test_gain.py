@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_mnist.sampler import SamplerConfig, Solver, to_float
+from ddpm_mnist import InputError
+from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
 from eval.models import load_model
 from finetune.gain import GAINS, bottleneck_variance, interpolate, restore_variance, scaled
 from finetune.pipeline import calibration_states
-from finetune.trajectories import make_trajectories
+from finetune.trajectories import MAX_SEED, first_noise, held_out_noise, make_trajectories
 from quant import QuantConfig, calibrate, freeze, quantize, to_integer
 
 
@@ -43,6 +44,7 @@ def test_only_a_frozen_student_is_scaled(student):
         ({0.0: 0.98, 0.01: 1.02}, 0.005),
         ({0.0: 0.97, 0.01: 0.99, 0.02: 1.0}, 0.02),
         ({0.0: 0.9, 0.01: 0.96, 0.02: 0.98}, 0.02),
+        ({0.0: 0.9, 0.01: 0.96, 0.02: 0.94}, 0.01),
     ],
 )
 def test_the_gain_lies_on_the_line_through_the_last_two(tried, gain):
@@ -60,16 +62,46 @@ def test_the_variance_is_that_of_the_middle_blocks_channels(unet):
     assert bottleneck_variance(unet, images[:1].repeat(5, 1, 1), 49) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_student_whose_eps_is_too_small_gets_its_variance_back():
-    teacher, sampler, count = load_model("teacher").denoiser, SamplerConfig("dpm++", 10), 128
-    solver = Solver(sampler)
-    buffer = make_trajectories(teacher, solver, count, seed=0)
+@pytest.fixture(scope="module")
+def restored_from_a_small_eps():
+    """A W8A8 student of the released teacher whose ε is 3% too small; it with its variance restored; and again."""
+    teacher, sampler, count = load_model("teacher").denoiser, SamplerConfig("dpm++", 10), 192
+    solver, noise = Solver(sampler), held_out_noise(0, count)
     student = quantize(teacher, QuantConfig(8, 8), solver.timesteps.tolist())
-    calibrate(student, calibration_states(buffer, solver, 32))
+    calibrate(student, calibration_states(make_trajectories(teacher, solver, 32, seed=0), solver, 32))
     small = scaled(freeze(student), 0.97)
-    restored = restore_variance(small, teacher, sampler, buffer, 0, "integer")
+    options = teacher, 49, sampler, sample(teacher, sampler, count, noise), noise, "integer"
+    restored = restore_variance(small, *options)
+    return restored, restore_variance(restored.student, *options)
+
+
+def test_a_student_whose_eps_is_too_small_gets_its_variance_back(restored_from_a_small_eps):
+    restored, again = restored_from_a_small_eps
     assert list(restored.tried) == list(GAINS[: len(restored.tried)])
     assert restored.tried[0.0] < 0.99
     assert 0.01 < restored.gain < 0.05
-    again = restore_variance(restored.student, teacher, sampler, buffer, 0, "integer")
     assert again.tried[0.0] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(("variance", "gain"), [(1.0, 0.0), (0.2, 0.02)])
+def test_a_student_that_varies_enough_is_left_as_it_is(variance, gain, student, unet, monkeypatch):
+    """And one that no gain brings up to its teacher gets the gain that comes nearest."""
+    values = iter([1.0, *(variance + (0.1 if trial == 2 else 0.0) for trial in range(len(GAINS)))])
+    monkeypatch.setattr("finetune.gain.bottleneck_variance", lambda *_: next(values))
+    frozen, images = freeze(student), torch.zeros(2, 28, 28, dtype=torch.uint8)
+    restored = restore_variance(frozen, unet, 49, SamplerConfig(num_steps=6), images, 0, "simulated")
+    assert restored.gain == gain
+    before, after = (model.unet.conv_out.weight_quantizer.scale.item() for model in (frozen, restored.student))
+    assert after == pytest.approx(before * (1 + gain), rel=1e-3)
+    assert gain or after == before
+
+
+def test_a_teacher_whose_images_do_not_vary_is_refused(student, unet):
+    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    with pytest.raises(InputError, match="variance_images must be 0"):
+        restore_variance(freeze(student), unet, 49, SamplerConfig(num_steps=6), images, 0, "simulated")
+
+
+def test_no_buffer_holds_the_noises_that_are_held_out():
+    assert held_out_noise(3, 2048) + 2048 == first_noise(4)
+    assert held_out_noise(MAX_SEED, 2048) + 2048 == 1 << 32

@@ -20,6 +20,7 @@ base:
   num_trajectories: 6
   calibration_trajectories: 4
   num_images: 12
+  variance_images: 8
   grid_columns: 4
   distill: {{num_updates: 2, batch_size: 3, rollout_steps: 2, log_every: 1}}
 """

@@ -20,6 +20,7 @@ student: {{weight_bits: 3, act_bits: 5, rank: 2}}
 num_trajectories: 6
 calibration_trajectories: 4
 num_images: 10
+variance_images: 12
 grid_columns: 4
 distill: {{num_updates: 3, batch_size: 4, rollout_steps: 2, log_every: 1}}
 """
@@ -84,7 +85,7 @@ def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
 
 
 def test_without_updates_the_student_is_the_calibrated_one(config_path, tmp_path):
-    arguments = ["--config", str(config_path), "--distill.num_updates", "0", "--restore_variance", "false"]
+    arguments = ["--config", str(config_path), "--distill.num_updates", "0", "--variance_images", "0"]
     for _ in range(2):  # the second time from the state of the first
         run_command("prog", run, RunConfig, arguments)
     _, ptq, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -193,7 +194,7 @@ def test_a_teacher_without_a_middle_block_is_refused_where_it_is_needed(config_p
     with pytest.raises(SystemExit) as caught:
         run_command("prog", run, RunConfig, ["--config", str(config_path)])
     assert caught.value.code == 2
-    assert "has no middle block: restore_variance must be false" in capsys.readouterr().err
+    assert "has no middle block: variance_images must be 0" in capsys.readouterr().err
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
