@@ -108,10 +108,11 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
     arguments = ["--config", str(config_path)]
     run_command("prog", run, RunConfig, arguments)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit) as caught:
-        run_command("prog", run, RunConfig, [*arguments, "--student.act_bits", "8"])
-    assert caught.value.code == 2
-    assert "was begun with student = " in capsys.readouterr().err
+    for option, value in (("student.act_bits", "8"), ("runtime", "simulated")):
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", run, RunConfig, [*arguments, f"--{option}", value])
+        assert caught.value.code == 2
+        assert f"was begun with {option.partition('.')[0]} = " in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
@@ -151,6 +152,9 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
         (["--student.search", "magic"], 'search must be "error" or "min-max", not "magic"'),
         (["--distill.num_updates", "-1"], "num_updates must not be negative, not -1"),
         (["--teacher", "nobody"], 'no model "nobody"'),
+        (["--variance_images", "1"], "variance_images must be 0 or at least 2, not 1"),
+        (["--num_trajectories", "262144"], "num_trajectories must be at most 2^18 - variance_images, 260096, not"),
+        (["--recipe", "published"], "the published recipe has no gain: variance_images must be 0"),
     ],
 )
 def test_wrong_input_gets_one_line_before_anything_starts(arguments, message, tmp_path, capsys):
@@ -187,14 +191,47 @@ def test_a_damaged_state_gets_one_line(config_path, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-def test_a_teacher_without_a_middle_block_is_refused_where_it_is_needed(config_path, tmp_path, capsys):
-    folder = tmp_path / "teacher" / "unet"
-    options = dict(UNet2DModel.load_config(folder), mid_block_type=None)
-    UNet2DModel.from_config(options).save_pretrained(folder)
+@pytest.mark.parametrize(
+    ("options", "way_out", "message"),
+    [
+        ({"mid_block_type": None}, ["--variance_images", "0"], "has no middle block: variance_images must be 0"),
+        (
+            {"resnet_time_scale_shift": "scale_shift"},
+            ["--runtime", "simulated"],
+            'the student cannot run as "integer": down_blocks.0.resnets.0: time_embedding_norm "scale_shift"',
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_be_followed_is_refused_before_the_distillation(
+    options, way_out, message, config_path, tmp_path, capsys
+):
+    folder, arguments = tmp_path / "teacher" / "unet", ["--config", str(config_path)]
+    torch.manual_seed(0)
+    UNet2DModel.from_config(dict(UNet2DModel.load_config(folder), **options)).save_pretrained(folder)
     with pytest.raises(SystemExit) as caught:
-        run_command("prog", run, RunConfig, ["--config", str(config_path)])
+        run_command("prog", run, RunConfig, arguments)
     assert caught.value.code == 2
-    assert "has no middle block: variance_images must be 0" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "state").exists()
+    run_command("prog", run, RunConfig, [*arguments, *way_out, "--output", str(tmp_path / "other")])
+    assert (tmp_path / "other" / "report.html").is_file()
+
+
+def test_the_gain_is_in_the_student_that_is_saved(config_path, tmp_path, monkeypatch):
+    ratios = iter([1.0, 0.9, 0.95, 1.05])  # the teacher, and gains of 0, 0.01, 0.02
+    monkeypatch.setattr("finetune.gain.bottleneck_variance", lambda *_: next(ratios))
+    arguments = ["--config", str(config_path)]
+    run_command("prog", run, RunConfig, arguments)
+    run_command("prog", run, RunConfig, [*arguments, "--variance_images", "0", "--output", str(tmp_path / "without")])
+    assert json.loads((tmp_path / "run" / "gain.json").read_text())["gain"] == pytest.approx(0.015)
+    assert not (tmp_path / "without" / "gain.json").exists()
+    ours, theirs = (load_model(str(tmp_path / name)).denoiser.state_dict() for name in ("run", "without"))
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed == {"unet.conv_out.weight_quantizer.scale", "unet.conv_out.bias"}
+    for name in changed:
+        torch.testing.assert_close(ours[name], 1.015 * theirs[name], rtol=1e-3, atol=1e-4)
+    assert "scaled by 1.015" in (tmp_path / "run" / "report.html").read_text()
+    assert "scaled by" not in (tmp_path / "without" / "report.html").read_text()
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
