@@ -74,8 +74,9 @@ class RunState:
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"{self.path} cannot be read; delete {folder} to start anew ({reason})") from error
-        for key in sorted(self.fingerprint.keys() | theirs.keys()):
-            then, now = theirs.get(key), self.fingerprint.get(key)
+        ours, theirs = _flat(self.fingerprint), _flat(theirs)
+        for key in sorted(ours.keys() | theirs.keys()):
+            then, now = theirs.get(key), ours.get(key)
             if then != now:
                 raise InputError(
                     f"{folder} was begun with {key} = {then}, now it is {now}: "
@@ -97,6 +98,15 @@ class RunState:
     def log(self, **row: Any) -> None:
         with self.log_path.open("a") as log:
             log.write(json.dumps(row) + "\n")
+
+
+def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+    """`nested` with the keys of its parts joined by dots, as they are typed."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        parts = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{name}" if name else key: part for name, part in parts.items()}
+    return flat
 
 
 def update_generator(seed: int, update: int, rank: int = 0) -> torch.Generator:

@@ -35,17 +35,17 @@ def loss_curve(updates: Sequence[int], losses: Sequence[float]) -> Figure:
     """Distillation loss over updates."""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axis = figure.subplots()
-    axis.plot(updates, losses, linewidth=1)
+    axis.plot(updates, losses, linewidth=1, marker=".", markersize=3)
     axis.set(xlabel="update", ylabel="loss", yscale="log")
     axis.grid(alpha=0.3)
     return figure
 
 
 def step_sizes(names: Sequence[str], timesteps: Sequence[int], scales: Tensor) -> Figure:
-    """Learned activation step sizes (layers, T) over the denoising timesteps, each relative to its layer's mean."""
+    """Learned activation step sizes (layers, T or 1) over the denoising timesteps, relative to their layer's mean."""
     figure = Figure(figsize=(7.5, 1.2 + 0.17 * len(names)), layout="constrained")
     axis = figure.subplots()
-    relative = (scales / scales.mean(1, keepdim=True)).log2()
+    relative = (scales / scales.mean(1, keepdim=True)).log2().expand(-1, len(timesteps))
     bound = max(relative.abs().max().item(), 0.1)
     picture = axis.imshow(relative.numpy(), aspect="auto", cmap="RdBu_r", vmin=-bound, vmax=bound)
     axis.set_yticks(range(len(names)), names, fontsize=6)
@@ -102,7 +102,7 @@ def cost_chart(rows: Sequence[Row]) -> Figure:
     for row in rows:
         if row.bits != "32" and (row.num_steps != rows[0].num_steps or row.name in ("full", row.bits.lower())):
             axis.plot(row.milliseconds, row.fid, "o", color="C0")
-            label = f"{row.name} {row.bits}"
+            label = row.bits if row.name == row.bits.lower() else f"{row.name} {row.bits}"
             axis.annotate(label, (row.milliseconds, row.fid), (4, 3), textcoords="offset points", fontsize=6)
     for row in teacher:
         label = f"{row.num_steps} steps"

@@ -231,6 +231,7 @@ def fit(
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds_before = state["update"], state["seconds"]
+        print(f"Going on from update {first} of {config.num_updates}.")
     start, losses = time.monotonic(), []
 
     def save(update: int, seconds: float) -> None:

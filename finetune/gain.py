@@ -73,6 +73,8 @@ def restore_variance(
             if tried[gain] >= 1:
                 break
     gain = interpolate(tried)
+    if tried[max(tried)] < 1:
+        print(f"No gain up to {max(GAINS)} gives the student its teacher's variance; {gain} comes nearest.")
     return Restored(scaled(student, 1 + gain), gain, tried)
 
 

@@ -75,7 +75,7 @@ def test_a_finished_rung_of_other_settings_is_refused(config_path, capsys):
         with pytest.raises(SystemExit) as caught:
             run_command("prog", climb, LadderConfig, [*arguments, f'["{rung}"]', "--base.student.rank", "3"])
         assert caught.value.code == 2
-        assert "was begun with student = " in capsys.readouterr().err
+        assert "was begun with student.rank = 2, now it is 3" in capsys.readouterr().err
 
 
 def test_every_rung_is_a_configuration_of_its_own(tmp_path):

@@ -108,11 +108,11 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
     arguments = ["--config", str(config_path)]
     run_command("prog", run, RunConfig, arguments)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for option, value in (("student.act_bits", "8"), ("runtime", "simulated")):
+    for option, then, value in (("student.act_bits", "5", "8"), ("runtime", "integer", "simulated")):
         with pytest.raises(SystemExit) as caught:
             run_command("prog", run, RunConfig, [*arguments, f"--{option}", value])
         assert caught.value.code == 2
-        assert f"was begun with {option.partition('.')[0]} = " in capsys.readouterr().err
+        assert f"was begun with {option} = {then}, now it is {value}: " in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
