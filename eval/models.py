@@ -1,5 +1,6 @@
 """A model argument → a denoiser."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,13 @@ class Model:
         if isinstance(self.denoiser, IntegerUNet):
             return "integer"
         return "simulated" if isinstance(self.denoiser, QuantizedUNet) else "float"
+
+    def weights_digest(self) -> str:
+        """The first 12 digits of its weights' SHA-256."""
+        weights = hashlib.sha256()
+        for tensor in self.denoiser.state_dict().values():
+            weights.update(tensor.cpu().numpy().tobytes())
+        return weights.hexdigest()[:12]
 
 
 def device() -> torch.device:

@@ -1,6 +1,7 @@
 """The console script `efficientdm`: one subcommand per job, each a function with a typed config."""
 
 import importlib
+import signal
 import sys
 from typing import NamedTuple
 
@@ -48,6 +49,8 @@ def usage() -> str:
 
 
 def main() -> None:
+    if hasattr(signal, "SIGPIPE"):  # what is piped into `head` ends with it, as other programs do
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

@@ -31,8 +31,6 @@ class DistillConfig:
     """Trajectories ("rollout") or states ("per-step") per update."""
     rollout_steps: int = 2
     """K, the student's steps per rollout, at most the sampler's."""
-    weighting: str = "sensitivity"
-    """What each step's error counts in a rollout: "sensitivity", as it costs the image; "uniform", the same."""
     lr_adapters: float = 3e-2
     """Learning rate of A and B as a factor of the mean weight step size: see scale_aware."""
     scale_aware: bool = True
@@ -59,8 +57,6 @@ class DistillConfig:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective}")
         if self.learn not in ("adapters", "weights"):
             raise ValueError(f"learn must be adapters or weights, not {self.learn}")
-        if self.weighting not in ("sensitivity", "uniform"):
-            raise ValueError(f"weighting must be sensitivity or uniform, not {self.weighting}")
         if self.num_updates < 0:
             raise ValueError(f"num_updates must not be negative, not {self.num_updates}")
         for name in ("batch_size", "rollout_steps", "log_every", "save_every"):
@@ -104,7 +100,7 @@ def per_step_loss(student: QuantizedUNet, solver: Solver, buffer: Trajectories, 
 def rollout_loss(
     student: QuantizedUNet, solver: Solver, buffer: Trajectories, who: Tensor, step: Tensor, rollout_steps: int
 ) -> Tensor:
-    """Σ_k w_k ‖x̂_k − x_k‖² / K along K student steps from a state of the teacher's trajectory, w the buffer's weights.
+    """Σ_k ‖x̂_k − x_k‖² / K along K student steps from a state of the teacher's trajectory.
 
     Each sample of the batch starts at a step of its own. A solver with memory (DPM-Solver++) starts from the
     teacher's x0 of the step before, and hands on the student's own after that.
@@ -118,7 +114,7 @@ def rollout_loss(
         for _ in range(rollout_steps):
             x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
             x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
-            losses.append((buffer.weights[step - 1] * (x - buffer.x[who, step]).square().mean((1, 2, 3))).mean())
+            losses.append((x - buffer.x[who, step]).square().mean())
     return torch.stack(losses).mean()
 
 

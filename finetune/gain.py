@@ -1,11 +1,11 @@
-"""The student's gain: its ε is scaled until its images differ from one another as much as its teacher's do."""
+"""The student's gain: its ε is scaled until as little noise is left in its images as in its teacher's."""
 
 import copy
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_mnist import InputError
 from ddpm_mnist.runs import progress
@@ -13,24 +13,24 @@ from ddpm_mnist.sampler import SamplerConfig, sample, to_float
 from eval.models import runnable
 from quant import QuantizedUNet
 
-# Factors 1 + gain that are tried, in this order, until the variance is reached.
-GAINS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05)
+# Factors 1 + gain that are tried, in this order, until no more noise is left than in the teacher's images.
+GAINS = tuple(step / 100 for step in range(11))
 
 
-class Restored(NamedTuple):
-    """What `restore_variance` found."""
+class Gain(NamedTuple):
+    """What `match_noise` found."""
 
     student: QuantizedUNet
     gain: float
     tried: dict[float, float]
-    """For each gain that was tried, the variance over the teacher's."""
+    """For each gain that was tried, the noise that is left over that in the teacher's images."""
 
     def record(self) -> dict[str, Any]:
-        return {"gain": self.gain, "variance over the teacher's": self.tried}
+        return {"gain": self.gain, "noise left over the teacher's": self.tried}
 
 
 @torch.no_grad()
-def restore_variance(
+def match_noise(
     student: QuantizedUNet,
     teacher: UNet2DModel,
     t: int,
@@ -39,54 +39,53 @@ def restore_variance(
     seed: int,
     runtime: str,
     batch_size: int = 64,
-) -> Restored:
-    """Scale a frozen student's ε by 1 + gain, so that the variance of its images comes up to that of its teacher's.
+) -> Gain:
+    """Scale a frozen student's ε by 1 + gain, so that no more noise is left in its images than in its teacher's.
 
-    A squared error averages over what the student cannot tell apart, and rounding leaves noise in the states that the
-    student does not know to remove: its images are more alike than the teacher's. An ε that is a little too large
-    removes a little too much noise, and gives the variance back. It is measured where the digits are told apart, in
-    the teacher's own bottleneck, on noises that the student has not seen: no data is needed, and the gain costs
-    nothing at run time, for the last convolution takes it. (Against the drift of a float sampler Ning et al., arXiv
-    2308.15321, scale ε by one factor too, downwards.) A student that varies enough is left as it is; where no gain of
-    `GAINS` is enough, it gets the one that comes nearest.
+    Rounding adds noise to every state that the student does not know of, and a squared error teaches it to answer
+    carefully: it takes too little noise away. An ε that is a little too large takes more. How much is left the
+    teacher says, who was trained to see it: no data is needed, and the gain costs nothing at run time, for the last
+    convolution takes it. (Against the drift of a float sampler Ning et al., arXiv 2308.15321, scale ε by one factor
+    too, downwards.) A student that leaves no more than its teacher stays as it is; where no gain of `GAINS` is
+    enough, it gets the one that comes nearest.
 
     Args:
         t: the timestep at which the teacher looks at the images: that of its last step, whose states are all but
             images.
         sampler: the student's.
-        teacher_images: uint8 (N, 28, 28), N ≥ 2, what the teacher draws from the noises of `seed` on.
+        teacher_images: uint8 (N, 28, 28), what the teacher draws from the noises of `seed` on.
         runtime: how the student samples, one of `eval.models.RUNTIMES`.
 
     Raises:
-        InputError: the teacher's images are all alike.
+        InputError: the teacher sees no noise at all.
     """
-    goal = bottleneck_variance(teacher, teacher_images, t)
+    goal = noise_left(teacher, teacher_images, t)
     if not goal > 0:
-        raise InputError("the teacher's images do not vary: variance_images must be 0")
+        raise InputError("the teacher sees no noise in its own images: gain_images must be 0")
     tried: dict[float, float] = {}
-    with progress("restoring the variance", len(GAINS)) as advance:
+    with progress("matching the noise that is left", len(GAINS)) as advance:
         for gain in GAINS:
             denoiser = runnable(scaled(student, 1 + gain), runtime)
             images = sample(denoiser, sampler, len(teacher_images), seed, batch_size, denoiser.device)
-            tried[gain] = bottleneck_variance(teacher, images, t) / goal
-            advance(len(tried), f"gain {gain:.2f}: variance {tried[gain]:.3f} of the teacher's")
-            if tried[gain] >= 1:
+            tried[gain] = noise_left(teacher, images, t) / goal
+            advance(len(tried), f"gain {gain:.2f}: {tried[gain]:.3f} of the teacher's")
+            if tried[gain] <= 1:
                 break
     gain = interpolate(tried)
-    if tried[max(tried)] < 1:
-        print(f"No gain up to {max(GAINS)} gives the student its teacher's variance; {gain} comes nearest.")
-    return Restored(scaled(student, 1 + gain), gain, tried)
+    if min(tried.values()) > 1:
+        print(f"No gain up to {max(GAINS)} leaves as little noise as the teacher does; {gain} comes nearest.")
+    return Gain(scaled(student, 1 + gain), gain, tried)
 
 
 def interpolate(tried: dict[float, float]) -> float:
-    """The gain at which the variance, on a line through the last two that were tried, is the teacher's."""
-    *before, (gain, variance) = tried.items()
-    if variance < 1:
-        return max(tried, key=lambda gain: tried[gain])
+    """The gain at which the noise, on a line through the last two that were tried, is the teacher's."""
+    *before, (gain, noise) = tried.items()
+    if noise > 1:
+        return min(tried, key=lambda gain: tried[gain])
     if not before:
         return gain
-    last_gain, last_variance = before[-1]
-    return last_gain + (gain - last_gain) * (1 - last_variance) / (variance - last_variance)
+    last_gain, last_noise = before[-1]
+    return last_gain + (gain - last_gain) * (last_noise - 1) / (last_noise - noise)
 
 
 def scaled(student: QuantizedUNet, factor: float) -> QuantizedUNet:
@@ -97,17 +96,7 @@ def scaled(student: QuantizedUNet, factor: float) -> QuantizedUNet:
 
 
 @torch.no_grad()
-def bottleneck_variance(teacher: UNet2DModel, images: Tensor, t: int) -> float:
-    """Total variance of the channels' means in the teacher's middle block, over `images` uint8 (N, 28, 28) at t."""
-    features: list[Tensor] = []
-
-    def keep(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        features.append(output.mean((2, 3)).cpu())
-
-    hook = teacher.mid_block.register_forward_hook(keep)
-    try:
-        for batch in images.split(64):
-            teacher(to_float(batch).to(teacher.device), t)
-    finally:
-        hook.remove()
-    return torch.cat(features).double().var(dim=0).sum().item()
+def noise_left(teacher: UNet2DModel, images: Tensor, t: int) -> float:
+    """Mean square of the ε that the teacher sees in `images`, uint8 (N, 28, 28), at the timestep t."""
+    squares = [teacher(to_float(batch).to(teacher.device), t).sample.square().sum() for batch in images.split(64)]
+    return torch.stack(squares).double().sum().item() / images.numel()

@@ -25,13 +25,15 @@ from finetune.trajectories import MAX_SEED, make_trajectories
 from quant import QuantizedUNet
 
 Changes = dict[str, Any]
-NO_GAIN: Changes = {"variance_images": 0}
+# The gain would cover what the parts give: it stands at the end, on a rung of its own and where bits are compared.
+NO_GAIN: Changes = {"gain_images": 0}
 NO_TRAINING: Changes = {"distill.num_updates": 0, **NO_GAIN}
-PER_STEP: Changes = {"distill.objective": "per-step"}
+PER_STEP: Changes = {"distill.objective": "per-step", **NO_GAIN}
+DENOISING: Changes = {"distill.objective": "denoising", **NO_GAIN}
 # The last shortcut keeps its 8 bits: the paper's code leaves all shortcuts in full precision.
 PAPER: Changes = {"student.split_skips": False, "student.bias_correction": False, **NO_GAIN}
 PLAIN: Changes = {**PAPER, "student.per_step": False}
-WEIGHTS: Changes = {"distill.learn": "weights"}
+WEIGHTS: Changes = {"distill.learn": "weights", **NO_GAIN}
 
 
 class Rung(NamedTuple):
@@ -60,26 +62,26 @@ RUNGS: dict[str, Rung] = {
     "qalora": Rung({**PER_STEP, **PLAIN, "distill.scale_aware": False}),
     "scale-aware": Rung({**PER_STEP, **PLAIN}),
     "talsq": Rung({**PER_STEP, **PAPER}),
-    # The objective, all else being the full method, its gain included.
-    "denoising": Rung({"distill.objective": "denoising"}),
-    "in-order": Rung({"distill.objective": "per-step-in-order"}),
-    "per-step": Rung(PER_STEP),
+    # The objective, from `ptq` on.
+    "denoising": Rung(DENOISING),
+    "in-order": Rung({**PER_STEP, "distill.objective": "per-step-in-order"}),
+    "per-step": Rung(PER_STEP, repeated=True),
+    "rollout": Rung(NO_GAIN, repeated=True),
     "full": Rung(repeated=True),
-    # What each part beyond the paper gives: the full method without it.
-    "no-gain": Rung(NO_GAIN, repeated=True),
-    "uniform-weights": Rung({"distill.weighting": "uniform"}, repeated=True),
-    "no-edge-shortcut": Rung({"student.edge_shortcut": False}, repeated=True),
-    "no-split-skips": Rung({"student.split_skips": False}, repeated=True),
-    "no-bias-correction": Rung({"student.bias_correction": False}, repeated=True),
+    # What each part beyond the paper gives: `rollout` without it.
+    "no-edge-shortcut": Rung({"student.edge_shortcut": False, **NO_GAIN}, repeated=True),
+    "no-split-skips": Rung({"student.split_skips": False, **NO_GAIN}, repeated=True),
+    "no-bias-correction": Rung({"student.bias_correction": False, **NO_GAIN}, repeated=True),
     # Where TALSQ pays.
-    "one-scale": Rung({"student.per_step": False}, repeated=True),
-    "w2a4-one-scale": Rung({**bits(2, 4), "student.per_step": False}, repeated=True),
+    "one-scale": Rung({"student.per_step": False, **NO_GAIN}, repeated=True),
+    "w2a4-rollout": Rung({**bits(2, 4), **NO_GAIN}, repeated=True),
+    "w2a4-one-scale": Rung({**bits(2, 4), "student.per_step": False, **NO_GAIN}, repeated=True),
     # Baselines.
     # Of the factors 0.3, 1, 2, 4 and 10 on its learning rates, meant for 16,000 updates, 2 gives the lowest FID.
     "published": Rung({"recipe": "published", "lr_factor": 2.0, **PAPER}),
     "full-fine-tuning": Rung(WEIGHTS),
-    "lsq": Rung({**WEIGHTS, "distill.objective": "denoising"}),
-    "lsq-x10": Rung({**WEIGHTS, "distill.objective": "denoising", "×": 10}),
+    "lsq": Rung({**WEIGHTS, **DENOISING}),
+    "lsq-x10": Rung({**WEIGHTS, **DENOISING, "×": 10}),
     # What each bit costs.
     "w8a8": Rung(bits(8, 8)),
     "w6a6": Rung(bits(6, 6)),
@@ -100,6 +102,8 @@ TEACHER_STEPS = (5, 10, 40, 50)
 IMAGES = "images.pt"
 # Trajectories whose errors are drawn.
 PATHS = 64
+# Rungs that are shown more closely: their step sizes, and the denoising of a digit.
+SHOWN = ("ptq", "full", "w2a4")
 
 
 @dataclass
@@ -210,15 +214,17 @@ def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tens
 
 def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor) -> dict[str, Any]:
     """The model's score against the teacher's images `reference`, measured once and kept in `folder`."""
-    path = folder / "metrics.json"
+    path, weights = folder / "metrics.json", model.weights_digest()
     if not path.exists():
         images, seconds = _images(folder, model, drawing)
-        write_json(path, dataclasses.asdict(score_images(model, images, seconds, reference, drawing)))
+        score = dataclasses.asdict(score_images(model, images, seconds, reference, drawing))
+        write_json(path, {**score, "weights": weights})
     score = json.loads(path.read_text())
     now = {name: getattr(drawing, name) for name in ("num_images", "num_steps", "seed", "solver")}
-    for name, value in {**now, "runtime": model.runtime}.items():
-        if score[name] != value:
-            raise InputError(f"{path} has {name} = {score[name]}, now it is {value}: delete it and {folder / IMAGES}")
+    for name, value in {**now, "runtime": model.runtime, "weights": weights}.items():
+        if score.get(name) != value:
+            then = score.get(name)
+            raise InputError(f"{path} has {name} = {then}, now it is {value}: delete it and {folder / IMAGES}")
     return score
 
 
@@ -236,7 +242,7 @@ def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str,
     def place(row: Row) -> Path:
         return folder / row.name if row.bits == "32" else folder / row.name / str(base.seed)
 
-    grid, paths = [], {}
+    grid, paths, digit = [], {}, []
     for row in rows:
         rung = RUNGS.get(row.name, Rung())
         made = folder / (rung.of or row.name) / str(base.seed)
@@ -250,17 +256,20 @@ def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str,
             # From noise that neither scoring nor, unless it was asked for this very seed, distillation uses.
             solver, at = Solver(base.sampler), model.denoiser.device
             trajectories = make_trajectories(model.denoiser, solver, PATHS, MAX_SEED, device=at)
-            paths[f"{row.name} · {row.bits}"] = trajectories.x.cpu()
+            label = f"{row.name} · {row.bits}"
+            paths[label] = trajectories.x.cpu()
+            if row.bits == "32" or row.name in SHOWN:
+                digit.append((label, to_uint8(paths[label][0])))
     figures = {
         "grid": plots.image_grid(grid),
         "rungs": plots.rungs_chart(rows),
         "bits": plots.bits_chart(rows),
         "cost": plots.cost_chart(rows),
         "errors": plots.errors_chart(paths),
-        "digit": plots.image_grid([(name, to_uint8(x[0])) for name, x in paths.items()]),
+        "digit": plots.image_grid(digit),
     }
     for row in rows:
-        if row.name in ("ptq", "full", "w2a4"):
+        if row.name in SHOWN:
             student = QuantizedUNet.from_pretrained(place(row))
             names, layers = zip(*student.layers(), strict=True)
             scales = torch.stack([layer.act_quantizer.scale for layer in layers])

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,14 +22,10 @@ from eval.report import write_report
 from eval.sample import DrawConfig, draw
 from finetune.baselines import published_distill, published_start
 from finetune.distill import DistillConfig, distill
-from finetune.gain import restore_variance
-from finetune.sensitivity import step_sensitivity
+from finetune.gain import match_noise
 from finetune.trajectories import MAX_SEED, NOISES, Trajectories, held_out_noise, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
 from quant.summary import shares, summarise
-
-# Trajectories that the sensitivity of the steps is measured on.
-SENSITIVITY_TRAJECTORIES = 32
 
 
 @dataclass
@@ -55,9 +50,9 @@ class RunConfig:
     calibration_trajectories: int = 64
     """How many of them the calibration of the activations looks at."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    variance_images: int = 2048
-    """Images of student and teacher whose variance is compared after the distillation, to scale the student's ε
-    (finetune/gain.py); 0 leaves it as it is."""
+    gain_images: int = 512
+    """Images of student and teacher in which the noise that is left is compared after the distillation, to scale the
+    student's ε (finetune/gain.py); 0 leaves it as it is."""
     num_images: int = 2000
     """Images to score each model on."""
     score_seed: int = 0
@@ -82,13 +77,13 @@ class RunConfig:
             raise ValueError(f"calibration_trajectories must be at most num_trajectories, {self.num_trajectories}")
         if self.num_images < max(2, self.grid_columns):
             raise ValueError(f"num_images must be at least 2 and grid_columns, not {self.num_images}")
-        if self.variance_images < 0 or self.variance_images == 1:
-            raise ValueError(f"variance_images must be 0 or at least 2, not {self.variance_images}")
-        if self.num_trajectories > NOISES - self.variance_images:
-            most = f"2^18 - variance_images, {NOISES - self.variance_images}"
+        if self.gain_images < 0:
+            raise ValueError(f"gain_images must not be negative, not {self.gain_images}")
+        if self.num_trajectories > NOISES - self.gain_images:
+            most = f"2^18 - gain_images, {NOISES - self.gain_images}"
             raise ValueError(f"num_trajectories must be at most {most}, not {self.num_trajectories}")
-        if self.recipe == "published" and self.variance_images:
-            raise ValueError("the published recipe has no gain: variance_images must be 0")
+        if self.recipe == "published" and self.gain_images:
+            raise ValueError("the published recipe has no gain: gain_images must be 0")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed must lie in 0…{MAX_SEED}, not {self.seed}")
         if not 0 <= self.score_seed <= SEED_LIMIT - self.num_images:
@@ -142,12 +137,10 @@ def distill_student(config: RunConfig) -> Made:
     and gain.json where there is a gain.
 
     Raises:
-        InputError: no such teacher, or none that the gain can be measured with; the student cannot run as `runtime`
-            says; or the folder belongs to another configuration.
+        InputError: no such teacher, the student cannot run as `runtime` says, or the folder belongs to another
+            configuration.
     """
     teacher = load_teacher(config.teacher)
-    if config.variance_images and teacher.denoiser.mid_block is None:
-        raise InputError(f'the teacher "{config.teacher}" has no middle block: variance_images must be 0')
     run = RunState(config.output, fingerprint(config, teacher))
     save_config(config, config.output / "config.yaml")
     images = load_mnist("train")[0] if config.distill.objective == "denoising" else None
@@ -176,21 +169,18 @@ def distill_student(config: RunConfig) -> Made:
     if config.recipe == "published":
         published_distill(student, solver, buffer, config.distill, run, config.seed, config.lr_factor)
     else:
-        if config.distill.objective == "rollout" and config.distill.weighting == "sensitivity":
-            some = make_trajectories(teacher.denoiser, solver, SENSITIVITY_TRAJECTORIES, config.seed, device=device())
-            buffer.weights = step_sensitivity(teacher.denoiser, ptq, solver, some)
         distill(student, solver, buffer, config.distill, run, config.seed, images)
     stopwatch.lap("distillation")
     student, gain = freeze(student), 0.0
-    if config.variance_images:
-        noise = held_out_noise(config.seed, config.variance_images)
-        goal = _teacher_images(config.teacher, *drawn, config.variance_images, noise, config.batch_size)
+    if config.gain_images:
+        noise = held_out_noise(config.seed, config.gain_images)
+        goal = _teacher_images(config.teacher, *drawn, config.gain_images, noise, config.batch_size)
         last = int(Solver(config.teacher_sampler).timesteps[-1])
-        restored = restore_variance(
+        matched = match_noise(
             student, teacher.denoiser, last, config.sampler, goal, noise, config.runtime, config.batch_size
         )
-        student, gain = restored.student, restored.gain
-        write_json(config.output / "gain.json", restored.record())
+        student, gain = matched.student, matched.gain
+        write_json(config.output / "gain.json", matched.record())
     stopwatch.lap("gain")
     student.save_pretrained(config.output)
     make_scheduler(config.sampler).save_pretrained(config.output / "scheduler")
@@ -288,10 +278,7 @@ def fingerprint(config: RunConfig, teacher: Model) -> dict:
         del fields[free]
     for free in ("log_every", "save_every"):
         del fields["distill"][free]
-    weights = hashlib.sha256()
-    for tensor in teacher.denoiser.state_dict().values():
-        weights.update(tensor.cpu().numpy().tobytes())
-    return {**fields, "teacher's weights": weights.hexdigest()[:12]}
+    return {**fields, "teacher's weights": teacher.weights_digest()}
 
 
 def _title(config: RunConfig, bits: str) -> str:

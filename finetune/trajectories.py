@@ -21,17 +21,14 @@ class Trajectories:
     Attributes:
         x: float (M, T + 1, 1, 28, 28), the states from noise (0) to image (T).
         eps: float (M, T, 1, 28, 28), the teacher's answer at each state but the last.
-        weights: float (T,), what an error in the state after each step counts.
     """
 
     x: Tensor
     eps: Tensor
-    weights: Tensor
 
     def every(self, stride: int) -> "Trajectories":
         """The states after every `stride` steps, for a student whose step is as long as that."""
-        eps = self.eps[:, ::stride]
-        return Trajectories(self.x[:, ::stride], eps, torch.ones(eps.shape[1], device=eps.device))
+        return Trajectories(self.x[:, ::stride], self.eps[:, ::stride])
 
 
 def first_noise(seed: int) -> int:
@@ -65,5 +62,4 @@ def make_trajectories(
         states.append(torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1))
         answers.append(torch.stack([step.eps for step in steps], dim=1))
         progress(sum(map(len, states)))
-    eps = torch.cat(answers)
-    return Trajectories(torch.cat(states), eps, weights=torch.ones(eps.shape[1], device=eps.device))
+    return Trajectories(torch.cat(states), torch.cat(answers))

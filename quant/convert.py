@@ -153,7 +153,7 @@ class QuantizedUNet(nn.Module):
         tensors, config = read_checkpoint(Path(folder))
         try:
             unet = UNet2DModel.from_config(config["unet"])
-            model = freeze(_convert(unet, QuantConfig(**config["quantization"]), config["timesteps"]))
+            model = _freeze(_convert(unet, QuantConfig(**config["quantization"]), config["timesteps"]))
             for table in ACT_TABLES:
                 rows = tensors.pop(f"act_quantizers.{table}")
                 tensors |= {
@@ -191,7 +191,16 @@ def freeze(model: QuantizedUNet) -> QuantizedUNet:
 
     What stays float (step sizes, zero points, biases, normalisations) is rounded to the half precision in which it is
     saved, before the codes are made; a saved student therefore computes the same bits as the frozen one.
+
+    Raises:
+        ValueError: the activations' step sizes were never set.
     """
+    if all((layer.act_quantizer.scale == 1).all() for _, layer in model.layers()):
+        raise ValueError("only a calibrated student can be frozen: quant.calibrate sets its activations' step sizes")
+    return _freeze(model)
+
+
+def _freeze(model: QuantizedUNet) -> QuantizedUNet:
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     for _, layer in frozen.layers():
         for quantizer in (layer.weight_quantizer, layer.act_quantizer):

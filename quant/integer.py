@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections import Counter
 from functools import cache
@@ -44,6 +45,7 @@ from quant.quantizers import ActivationQuantizer
 
 SOURCE = Path(__file__).with_name("integer.cpp")
 MAX_STEPS = 1000  # timesteps whose step sizes and biases are kept
+_PREPARING = threading.Lock()  # threads may share a model, but not the clock that a timestep's step sizes are read by
 
 
 class Instruction(NamedTuple):
@@ -379,14 +381,15 @@ class IntegerUNet(nn.Module):
         channels, height, width = x.shape[1:]
         if channels != self.config.in_channels:
             raise ValueError(f"the sample must have {self.config.in_channels} channels, not {channels}")
-        if (height, width) not in self.programs:
-            self.programs[height, width] = Program(self.student.unet, self.layers, self.norms, height, width)
-        program = self.programs[height, width]
-        if t not in self.moments:
-            if len(self.moments) == MAX_STEPS:
-                self.moments.clear()
-            self.moments[t] = self._moment(t)
-        moment, x = self.moments[t], x.contiguous(memory_format=torch.channels_last)
+        with _PREPARING:
+            if (height, width) not in self.programs:
+                self.programs[height, width] = Program(self.student.unet, self.layers, self.norms, height, width)
+            if t not in self.moments:
+                if len(self.moments) == MAX_STEPS:
+                    self.moments.clear()
+                self.moments[t] = self._moment(t)
+            program, moment = self.programs[height, width], self.moments[t]
+        x = x.contiguous(memory_format=torch.channels_last)
         return self._run_fused(program, moment, x) if self.is_fused else self._run_line_by_line(program, moment, x)
 
     def _moment(self, t: float) -> Moment:

@@ -175,6 +175,14 @@ def test_help_of_the_console_script_is_quick():
     assert "torch" not in result.stderr, "heavy imports wait until they are needed"
 
 
+def test_a_reader_that_leaves_ends_it_quietly():
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait()
+
+
 def test_an_unknown_command_gets_one_line():
     command = [sys.executable, "-c", "from finetune.cli import main; main()", "fly"]
     result = subprocess.run(command, capture_output=True, text=True)

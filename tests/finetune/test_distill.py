@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_mnist.runs import RunState
-from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler
+from ddpm_mnist.sampler import SamplerConfig, Solver
 from finetune.distill import (
     DistillConfig,
     cosine_decay,
@@ -17,7 +17,6 @@ from finetune.distill import (
     draw_batch,
     parameter_groups,
 )
-from finetune.sensitivity import step_sensitivity
 from finetune.trajectories import make_trajectories
 
 
@@ -70,35 +69,6 @@ def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, s
         for k in (1, 5)
     ]
     assert 1e-6 < losses[0] < losses[1]
-
-
-def test_weights_say_how_an_error_grows_until_the_image(unet, student, solver, buffer):
-    """Against diffusers' own scheduler: the student takes step 3 of 6, the teacher the rest."""
-    weights = step_sensitivity(unet, student, solver, buffer)
-    assert weights.shape == (6,)
-    assert weights.mean().item() == pytest.approx(1)
-    scheduler = make_scheduler(SamplerConfig(num_steps=6))
-    x = buffer.x[:, 0]
-    with torch.no_grad():
-        for step, t in enumerate(scheduler.timesteps):
-            x = scheduler.step((student if step == 3 else unet)(x, t).sample, t, x).prev_sample
-            if step == 3:
-                error = (x - buffer.x[:, 4]).square().mean()
-    growth = (x - buffer.x[:, 6]).square().mean() / error
-    # The last entry is an error of the image itself, which does not grow.
-    assert (weights[3] / weights[5]).item() == pytest.approx(growth.item(), rel=1e-3)
-
-
-def test_a_rollouts_errors_count_by_the_buffers_weights(student, solver, buffer):
-    config = DistillConfig(batch_size=32, rollout_steps=1)
-    losses = []
-    for step in range(6):
-        buffer.weights = torch.zeros(6)
-        buffer.weights[step] = 2.0
-        losses.append(distillation_loss(student, solver, buffer, config, 0, 0).item())
-    buffer.weights = torch.full((6,), 2.0)
-    assert min(losses) > 0
-    assert sum(losses) == pytest.approx(distillation_loss(student, solver, buffer, config, 0, 0).item())
 
 
 def test_the_buffers_noise_is_never_scored(unet, solver):

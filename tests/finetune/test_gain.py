@@ -1,11 +1,10 @@
-import numpy as np
 import pytest
 import torch
 
 from ddpm_mnist import InputError
-from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
+from ddpm_mnist.sampler import SamplerConfig, Solver, sample
 from eval.models import load_model
-from finetune.gain import GAINS, bottleneck_variance, interpolate, restore_variance, scaled
+from finetune.gain import GAINS, interpolate, match_noise, noise_left, scaled
 from finetune.pipeline import calibration_states
 from finetune.trajectories import MAX_SEED, first_noise, held_out_noise, make_trajectories
 from quant import QuantConfig, calibrate, freeze, quantize, to_integer
@@ -40,66 +39,72 @@ def test_only_a_frozen_student_is_scaled(student):
 @pytest.mark.parametrize(
     ("tried", "gain"),
     [
-        ({0.0: 1.002}, 0.0),
-        ({0.0: 0.98, 0.01: 1.02}, 0.005),
-        ({0.0: 0.97, 0.01: 0.99, 0.02: 1.0}, 0.02),
-        ({0.0: 0.9, 0.01: 0.96, 0.02: 0.98}, 0.02),
-        ({0.0: 0.9, 0.01: 0.96, 0.02: 0.94}, 0.01),
+        ({0.0: 0.998}, 0.0),
+        ({0.0: 1.02, 0.01: 0.98}, 0.005),
+        ({0.0: 1.03, 0.01: 1.01, 0.02: 1.0}, 0.02),
+        ({0.0: 1.1, 0.01: 1.04, 0.02: 1.02}, 0.02),
+        ({0.0: 1.1, 0.01: 1.04, 0.02: 1.06}, 0.01),
     ],
 )
 def test_the_gain_lies_on_the_line_through_the_last_two(tried, gain):
     assert interpolate(tried) == pytest.approx(gain)
 
 
-def test_the_variance_is_that_of_the_middle_blocks_channels(unet):
+def test_the_noise_is_what_the_network_answers(unet):
     images = torch.randint(256, (70, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
-    seen = []
-    hook = unet.mid_block.register_forward_hook(lambda block, inputs, output: seen.append(output))
-    unet(to_float(images), 49)
-    hook.remove()
-    expected = np.var(seen[0].double().mean((2, 3)).numpy(), axis=0, ddof=1).sum()
-    assert bottleneck_variance(unet, images, 49) == pytest.approx(expected, rel=1e-4)
-    assert bottleneck_variance(unet, images[:1].repeat(5, 1, 1), 49) == pytest.approx(0, abs=1e-9)
+    x = images.float()[:, None] / 127.5 - 1
+    assert noise_left(unet, images, 49) == pytest.approx((unet(x, 49).sample ** 2).mean().item(), rel=1e-4)
+
+
+def test_the_teacher_sees_the_noise_that_is_added():
+    teacher, sampler = load_model("teacher").denoiser, SamplerConfig("dpm++", 10)
+    images = sample(teacher, sampler, 32, seed=0)
+    z = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = [(images + strength * z).round().clamp(0, 255).byte() for strength in (0, 10, 20)]
+    clean, some, more = (noise_left(teacher, x, 49) for x in noisy)
+    assert 2 * clean < some < more
 
 
 @pytest.fixture(scope="module")
-def restored_from_a_small_eps():
-    """A W8A8 student of the released teacher whose ε is 3% too small; it with its variance restored; and again."""
-    teacher, sampler, count = load_model("teacher").denoiser, SamplerConfig("dpm++", 10), 192
+def matched_from_a_small_eps():
+    """A W8A8 student of the released teacher whose ε is 3% too small; it with its gain; and again."""
+    teacher, sampler, count = load_model("teacher").denoiser, SamplerConfig("dpm++", 10), 128
     solver, noise = Solver(sampler), held_out_noise(0, count)
     student = quantize(teacher, QuantConfig(8, 8), solver.timesteps.tolist())
     calibrate(student, calibration_states(make_trajectories(teacher, solver, 32, seed=0), solver, 32))
     small = scaled(freeze(student), 0.97)
     options = teacher, 49, sampler, sample(teacher, sampler, count, noise), noise, "integer"
-    restored = restore_variance(small, *options)
-    return restored, restore_variance(restored.student, *options)
+    matched = match_noise(small, *options)
+    return matched, match_noise(matched.student, *options)
 
 
-def test_a_student_whose_eps_is_too_small_gets_its_variance_back(restored_from_a_small_eps):
-    restored, again = restored_from_a_small_eps
-    assert list(restored.tried) == list(GAINS[: len(restored.tried)])
-    assert restored.tried[0.0] < 0.99
-    assert 0.01 < restored.gain < 0.05
-    assert again.tried[0.0] == pytest.approx(1, abs=0.01)
+def test_a_student_whose_eps_is_too_small_gets_it_back(matched_from_a_small_eps):
+    matched, again = matched_from_a_small_eps
+    assert list(matched.tried) == list(GAINS[: len(matched.tried)])
+    assert matched.tried[0.0] > 1.1
+    assert matched.gain == pytest.approx(0.03, abs=0.01)
+    assert again.tried[0.0] == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize(("variance", "gain"), [(1.0, 0.0), (0.2, 0.02)])
-def test_a_student_that_varies_enough_is_left_as_it_is(variance, gain, student, unet, monkeypatch):
-    """And one that no gain brings up to its teacher gets the gain that comes nearest."""
-    values = iter([1.0, *(variance + (0.1 if trial == 2 else 0.0) for trial in range(len(GAINS)))])
-    monkeypatch.setattr("finetune.gain.bottleneck_variance", lambda *_: next(values))
+@pytest.mark.parametrize(("noise", "gain"), [(1.0, 0.0), (1.5, 0.02)])
+def test_a_student_that_leaves_no_more_is_left_as_it_is(noise, gain, student, unet, monkeypatch):
+    """And one that no gain brings down to its teacher gets the gain that comes nearest."""
+    values = iter([1.0, *(noise - (0.1 if trial == 2 else 0.0) for trial in range(len(GAINS)))])
+    monkeypatch.setattr("finetune.gain.noise_left", lambda *_: next(values))
     frozen, images = freeze(student), torch.zeros(2, 28, 28, dtype=torch.uint8)
-    restored = restore_variance(frozen, unet, 49, SamplerConfig(num_steps=6), images, 0, "simulated")
-    assert restored.gain == gain
-    before, after = (model.unet.conv_out.weight_quantizer.scale.item() for model in (frozen, restored.student))
+    matched = match_noise(frozen, unet, 49, SamplerConfig(num_steps=6), images, 0, "simulated")
+    assert matched.gain == gain
+    before, after = (model.unet.conv_out.weight_quantizer.scale.item() for model in (frozen, matched.student))
     assert after == pytest.approx(before * (1 + gain), rel=1e-3)
     assert gain or after == before
 
 
-def test_a_teacher_whose_images_do_not_vary_is_refused(student, unet):
+def test_a_teacher_that_sees_no_noise_is_refused(student, unet):
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
     images = torch.zeros(2, 28, 28, dtype=torch.uint8)
-    with pytest.raises(InputError, match="variance_images must be 0"):
-        restore_variance(freeze(student), unet, 49, SamplerConfig(num_steps=6), images, 0, "simulated")
+    with pytest.raises(InputError, match="gain_images must be 0"):
+        match_noise(freeze(student), unet, 49, SamplerConfig(num_steps=6), images, 0, "simulated")
 
 
 def test_no_buffer_holds_the_noises_that_are_held_out():

@@ -1,8 +1,10 @@
 import json
 import math
+import shutil
 
 import matplotlib.image
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ddpm_mnist.command import run_command
 from eval.table import summarise_scores
@@ -20,7 +22,7 @@ base:
   num_trajectories: 6
   calibration_trajectories: 4
   num_images: 12
-  variance_images: 8
+  gain_images: 8
   grid_columns: 4
   distill: {{num_updates: 2, batch_size: 3, rollout_steps: 2, log_every: 1}}
 """
@@ -50,9 +52,9 @@ def test_the_ladder_writes_tables_and_pictures(config_path, tmp_path, capsys):
 
     # A finished rung is not run again, a new one is added.
     before = (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns
-    run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["talsq", "per-step"]'])
+    run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["talsq", "in-order"]'])
     assert (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns == before
-    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][2:] == ["talsq", "per-step"]
+    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][2:] == ["talsq", "in-order"]
 
 
 def test_a_row_is_the_mean_over_the_distillations_with_their_spread():
@@ -76,6 +78,18 @@ def test_a_finished_rung_of_other_settings_is_refused(config_path, capsys):
             run_command("prog", climb, LadderConfig, [*arguments, f'["{rung}"]', "--base.student.rank", "3"])
         assert caught.value.code == 2
         assert "was begun with student.rank = 2, now it is 3" in capsys.readouterr().err
+
+
+def test_a_score_of_another_teacher_is_refused(config_path, tmp_path, capsys):
+    arguments = ["--config", str(config_path), "--rungs", '["ptq"]']
+    run_command("prog", climb, LadderConfig, arguments)
+    shutil.rmtree(tmp_path / "ladder" / "ptq")
+    path = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", climb, LadderConfig, arguments)
+    assert caught.value.code == 2
+    assert "teacher/metrics.json has weights = " in capsys.readouterr().err
 
 
 def test_every_rung_is_a_configuration_of_its_own(tmp_path):

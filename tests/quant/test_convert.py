@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_mnist.sampler import SamplerConfig, make_scheduler
-from quant import QuantConfig, QuantLayer, calibrate, quantize
+from quant import QuantConfig, QuantLayer, calibrate, freeze, quantize
 from quant.layers import SkipConv2d
 from quant.summary import shares, summarise
 
@@ -121,6 +121,11 @@ def test_bits_outside_2_to_8_are_refused_by_name(field, bits):
 def test_calibration_needs_the_clocks_timesteps(unet):
     with pytest.raises(ValueError, match=r"calibration needs states at \[9, 5\], not at \[9\]"):
         calibrate(quantize(unet, QuantConfig(), [9, 5]), {9: torch.randn(2, 1, 28, 28)})
+
+
+def test_only_a_calibrated_student_can_be_frozen(unet):
+    with pytest.raises(ValueError, match="calibrated"):
+        freeze(quantize(unet, QuantConfig(), [10, 20]))
 
 
 def test_calibration_runs_the_network_in_float(student, unet, buffer):

@@ -1,4 +1,6 @@
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -235,6 +237,21 @@ def test_an_image_depends_neither_on_its_batch_nor_on_the_threads(frozen):
                 assert torch.equal(sample(model, config, 20, batch_size=batch_size), expected), (count, batch_size)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_threads_may_share_a_model(frozen, buffer, use, way):
+    use(way)
+    x, timesteps = buffer.x[:1, 2], range(0, 960, 20)
+    expected = [to_integer(frozen)(x, t).sample for t in timesteps]
+    shared, interval = to_integer(frozen), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda t: shared(x, t).sample, timesteps))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(map(torch.equal, answers, expected))
 
 
 def test_timesteps_may_be_mixed_in_a_batch(frozen, buffer):
