@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from einops import rearrange
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from eval.table import Row
@@ -72,23 +74,33 @@ def rungs_chart(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def bits_chart(rows: Sequence[Row]) -> Figure:
-    """FID over the bits of a product, weight bits times activation bits; baselines and single parts as grey points."""
+def bits_chart(rows: Sequence[Row], baselines: Sequence[str] = ()) -> Figure:
+    """FID of the full method over the bits, in the order of weight bits times activation bits.
+
+    Args:
+        baselines: the names of rows that stand beside it as grey points.
+    """
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
-    for row in rows:
-        if row.bits == "32" or row.num_steps != rows[0].num_steps:
-            continue
-        weight_bits, act_bits = (int(part) for part in row.bits[1:].split("A"))
-        whole = row.name in ("full", row.bits.lower())
-        spread = 0 if math.isnan(row.spread) else row.spread
-        color, size = ("C0", 6) if whole else ("0.6", 3)
-        axis.errorbar(weight_bits * act_bits, row.fid, yerr=spread, fmt="o", color=color, markersize=size)
-        label, size = (row.bits, 9) if whole else (row.name, 5)
-        axis.annotate(label, (weight_bits * act_bits, row.fid), (4, 3), textcoords="offset points", fontsize=size)
+    students = [row for row in rows if row.bits != "32" and row.num_steps == rows[0].num_steps]
+    whole = [row for row in students if row.name in ("full", row.bits.lower())]
+    others = [row for row in students if row.name in baselines]
+
+    def product(bits: str) -> int:
+        return math.prod(int(part) for part in bits[1:].split("A"))
+
+    places = sorted({row.bits for row in whole + others}, key=lambda bits: (product(bits), bits))
+    for row in whole + others:
+        place, spread = places.index(row.bits), 0 if math.isnan(row.spread) else row.spread
+        color, size, label = ("C0", 7, f"{row.fid:.2f}") if row in whole else ("0.6", 4, row.name)
+        axis.errorbar(place, row.fid, yerr=spread, fmt="o", color=color, markersize=size)
+        axis.annotate(label, (place, row.fid), (6, -3), textcoords="offset points", fontsize=7)
     axis.axhline(rows[0].fid, color="black", linewidth=0.8, linestyle="--", label="teacher, full precision")
-    axis.set(xscale="log", yscale="log", xlabel="weight bits × activation bits", ylabel="FID")
+    axis.set_xticks(range(len(places)), places)
+    axis.set(yscale="log", ylabel="FID")
+    axis.margins(x=0.2)
     axis.legend()
+    _plain_ticks(axis.yaxis)
     return figure
 
 
@@ -108,13 +120,16 @@ def cost_chart(rows: Sequence[Row]) -> Figure:
         label = f"{row.num_steps} steps"
         axis.annotate(label, (row.milliseconds, row.fid), (4, 3), textcoords="offset points", fontsize=7)
     axis.set(xscale="log", yscale="log", xlabel="milliseconds per image", ylabel="FID")
+    axis.margins(x=0.15)
     axis.legend()
+    _plain_ticks(axis.xaxis)
+    _plain_ticks(axis.yaxis)
     return figure
 
 
 def errors_chart(paths: Mapping[str, Tensor]) -> Figure:
     """Mean squared distance to the first entry's states over the steps; each (N, T + 1, 1, H, W), of the same noise."""
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     (_, teacher), *others = paths.items()
     for number, (name, x) in enumerate(others):
@@ -123,5 +138,12 @@ def errors_chart(paths: Mapping[str, Tensor]) -> Figure:
             range(1, len(errors)), errors[1:], label=name, linewidth=1, linestyle=("-", "--", ":")[number // 10 % 3]
         )
     axis.set(xlabel="denoising step", ylabel="mean squared distance to the teacher's state", yscale="log")
-    axis.legend(fontsize=6, ncols=2)
+    axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 3, 5, 10 on a logarithmic axis, where it would write powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())

@@ -114,7 +114,7 @@ def rollout_loss(
         for _ in range(rollout_steps):
             x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
             x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
-            losses.append((x - buffer.x[who, step]).square().mean())
+            losses.append((x - buffer.x[who, step]).square().mean((1, 2, 3)).mean())
     return torch.stack(losses).mean()
 
 

@@ -104,6 +104,8 @@ IMAGES = "images.pt"
 PATHS = 64
 # Rungs that are shown more closely: their step sizes, and the denoising of a digit.
 SHOWN = ("ptq", "full", "w2a4")
+# Rungs that stand beside the full method where FID is drawn over bits.
+BASELINES = ("ptq", "published", "full-fine-tuning", "lsq", "lsq-x10")
 
 
 @dataclass
@@ -263,7 +265,7 @@ def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str,
     figures = {
         "grid": plots.image_grid(grid),
         "rungs": plots.rungs_chart(rows),
-        "bits": plots.bits_chart(rows),
+        "bits": plots.bits_chart(rows, BASELINES),
         "cost": plots.cost_chart(rows),
         "errors": plots.errors_chart(paths),
         "digit": plots.image_grid(digit),
