@@ -74,8 +74,8 @@ def print_fid(config: FidConfig) -> Score:
     images, seconds = draw(model, config)
     teacher_images = images if config.model == config.teacher else draw(teacher, config)[0]
     score = score_images(model, images, seconds, teacher_images, config)
-    print_scores([score])
     write_json(config.output, dataclasses.asdict(score))
+    print_scores([score])
     return score
 
 

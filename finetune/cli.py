@@ -49,10 +49,10 @@ def usage() -> str:
 
 
 def main() -> None:
-    if hasattr(signal, "SIGPIPE"):  # what is piped into `head` ends with it, as other programs do
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
+        if hasattr(signal, "SIGPIPE"):  # a reader that leaves, as `head` does, is no error
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         print(usage())
         sys.exit(0 if arguments else 2)
     name = arguments[0]

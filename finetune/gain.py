@@ -13,11 +13,13 @@ from ddpm_mnist.sampler import SamplerConfig, sample, to_float
 from eval.models import runnable
 from quant import QuantizedUNet
 
-# Factors 1 + gain that are tried, in this order, until no more noise is left than in the teacher's images.
+# Gains that are tried, in this order, until no more noise is left than in the teacher's images.
 GAINS = tuple(step / 100 for step in range(11))
+# The timestep at which the teacher looks at finished images, whatever the number of steps that made them: little noise.
+LOOK_AT = 49
 
 
-class Gain(NamedTuple):
+class Matched(NamedTuple):
     """What `match_noise` found."""
 
     student: QuantizedUNet
@@ -33,14 +35,13 @@ class Gain(NamedTuple):
 def match_noise(
     student: QuantizedUNet,
     teacher: UNet2DModel,
-    t: int,
     sampler: SamplerConfig,
     teacher_images: Tensor,
     seed: int,
     runtime: str,
     batch_size: int = 64,
-) -> Gain:
-    """Scale a frozen student's ε by 1 + gain, so that no more noise is left in its images than in its teacher's.
+) -> Matched:
+    """Scale a frozen student's ε by 1 + gain, so that about as much noise is left in its images as in its teacher's.
 
     Rounding adds noise to every state that the student does not know of, and a squared error teaches it to answer
     carefully: it takes too little noise away. An ε that is a little too large takes more. How much is left the
@@ -50,8 +51,6 @@ def match_noise(
     enough, it gets the one that comes nearest.
 
     Args:
-        t: the timestep at which the teacher looks at the images: that of its last step, whose states are all but
-            images.
         sampler: the student's.
         teacher_images: uint8 (N, 28, 28), what the teacher draws from the noises of `seed` on.
         runtime: how the student samples, one of `eval.models.RUNTIMES`.
@@ -59,7 +58,7 @@ def match_noise(
     Raises:
         InputError: the teacher sees no noise at all.
     """
-    goal = noise_left(teacher, teacher_images, t)
+    goal = noise_left(teacher, teacher_images)
     if not goal > 0:
         raise InputError("the teacher sees no noise in its own images: gain_images must be 0")
     tried: dict[float, float] = {}
@@ -67,14 +66,14 @@ def match_noise(
         for gain in GAINS:
             denoiser = runnable(scaled(student, 1 + gain), runtime)
             images = sample(denoiser, sampler, len(teacher_images), seed, batch_size, denoiser.device)
-            tried[gain] = noise_left(teacher, images, t) / goal
+            tried[gain] = noise_left(teacher, images) / goal
             advance(len(tried), f"gain {gain:.2f}: {tried[gain]:.3f} of the teacher's")
             if tried[gain] <= 1:
                 break
     gain = interpolate(tried)
     if min(tried.values()) > 1:
         print(f"No gain up to {max(GAINS)} leaves as little noise as the teacher does; {gain} comes nearest.")
-    return Gain(scaled(student, 1 + gain), gain, tried)
+    return Matched(scaled(student, 1 + gain), gain, tried)
 
 
 def interpolate(tried: dict[float, float]) -> float:
@@ -96,7 +95,7 @@ def scaled(student: QuantizedUNet, factor: float) -> QuantizedUNet:
 
 
 @torch.no_grad()
-def noise_left(teacher: UNet2DModel, images: Tensor, t: int) -> float:
-    """Mean square of the ε that the teacher sees in `images`, uint8 (N, 28, 28), at the timestep t."""
-    squares = [teacher(to_float(batch).to(teacher.device), t).sample.square().sum() for batch in images.split(64)]
+def noise_left(teacher: UNet2DModel, images: Tensor) -> float:
+    """Mean square of the ε that the teacher sees in `images`, uint8 (N, 28, 28), at the timestep `LOOK_AT`."""
+    squares = [teacher(to_float(batch).to(teacher.device), LOOK_AT).sample.square().sum() for batch in images.split(64)]
     return torch.stack(squares).double().sum().item() / images.numel()

@@ -25,7 +25,7 @@ from finetune.trajectories import MAX_SEED, make_trajectories
 from quant import QuantizedUNet
 
 Changes = dict[str, Any]
-# The gain would cover what the parts give: it stands at the end, on a rung of its own and where bits are compared.
+# The gain would cover what the parts give: it stands on a rung of its own, and where bits and steps are compared.
 NO_GAIN: Changes = {"gain_images": 0}
 NO_TRAINING: Changes = {"distill.num_updates": 0, **NO_GAIN}
 PER_STEP: Changes = {"distill.objective": "per-step", **NO_GAIN}
@@ -105,7 +105,7 @@ PATHS = 64
 # Rungs that are shown more closely: their step sizes, and the denoising of a digit.
 SHOWN = ("ptq", "full", "w2a4")
 # Rungs that stand beside the full method where FID is drawn over bits.
-BASELINES = ("ptq", "published", "full-fine-tuning", "lsq", "lsq-x10")
+BASELINES = ("ptq", "rollout", "w2a4-rollout", "published", "full-fine-tuning", "lsq", "lsq-x10")
 
 
 @dataclass
@@ -204,13 +204,15 @@ def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
 
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
     """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
-    path = folder / IMAGES
+    path, weights = folder / IMAGES, model.weights_digest()
     if not path.exists():
         images, seconds = draw(model, drawing)
         content = io.BytesIO()
-        torch.save({"images": images, "seconds": seconds}, content)
+        torch.save({"images": images, "seconds": seconds, "weights": weights}, content)
         write_bytes(path, content.getvalue())
     saved = torch.load(path, weights_only=True)
+    if saved["weights"] != weights:
+        raise InputError(f"{path} was drawn with the weights {saved['weights']}, now they are {weights}: delete it")
     return saved["images"], saved["seconds"]
 
 

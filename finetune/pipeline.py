@@ -137,8 +137,8 @@ def distill_student(config: RunConfig) -> Made:
     and gain.json where there is a gain.
 
     Raises:
-        InputError: no such teacher, the student cannot run as `runtime` says, or the folder belongs to another
-            configuration.
+        InputError: no such teacher, or one that sees no noise; the student cannot run as `runtime` says; or the folder
+            belongs to another configuration.
     """
     teacher = load_teacher(config.teacher)
     run = RunState(config.output, fingerprint(config, teacher))
@@ -159,8 +159,9 @@ def distill_student(config: RunConfig) -> Made:
     else:
         ptq = quantize(teacher.denoiser, config.student, timesteps)
         calibrate(ptq, states)
+    frozen_ptq = freeze(ptq)
     try:
-        runnable(freeze(ptq), config.runtime)
+        runnable(frozen_ptq, config.runtime)
     except ValueError as error:
         raise InputError(f'the student cannot run as "{config.runtime}": {error}') from error
     stopwatch.lap("calibration")
@@ -175,16 +176,13 @@ def distill_student(config: RunConfig) -> Made:
     if config.gain_images:
         noise = held_out_noise(config.seed, config.gain_images)
         goal = _teacher_images(config.teacher, *drawn, config.gain_images, noise, config.batch_size)
-        last = int(Solver(config.teacher_sampler).timesteps[-1])
-        matched = match_noise(
-            student, teacher.denoiser, last, config.sampler, goal, noise, config.runtime, config.batch_size
-        )
+        matched = match_noise(student, teacher.denoiser, config.sampler, goal, noise, config.runtime, config.batch_size)
         student, gain = matched.student, matched.gain
         write_json(config.output / "gain.json", matched.record())
     stopwatch.lap("gain")
     student.save_pretrained(config.output)
     make_scheduler(config.sampler).save_pretrained(config.output / "scheduler")
-    return Made(teacher, freeze(ptq), student, gain, stopwatch.seconds)
+    return Made(teacher, frozen_ptq, student, gain, stopwatch.seconds)
 
 
 @lru_cache(maxsize=3)  # the rungs of a ladder share them, seed by seed

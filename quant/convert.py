@@ -193,7 +193,7 @@ def freeze(model: QuantizedUNet) -> QuantizedUNet:
     saved, before the codes are made; a saved student therefore computes the same bits as the frozen one.
 
     Raises:
-        ValueError: the activations' step sizes were never set.
+        ValueError: no layer's activation step size was ever set.
     """
     if all((layer.act_quantizer.scale == 1).all() for _, layer in model.layers()):
         raise ValueError("only a calibrated student can be frozen: quant.calibrate sets its activations' step sizes")

@@ -311,7 +311,8 @@ class Program:
 class IntegerUNet(nn.Module):
     """A denoiser on integers: `eps = model(x_t, t).sample`, float32 in and out, on the CPU.
 
-    An image depends neither on the batch nor on the number of threads, bit for bit, where `integer.cpp` runs.
+    An image depends neither on the batch nor on the number of threads, bit for bit, where `integer.cpp` runs. Threads
+    may share a model.
 
     Attributes:
         programs: for each height and width that was met.

@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ddpm_mnist.command import run_command
-from eval.table import summarise_scores
+from eval import plots
+from eval.table import Row, summarise_scores
 from finetune.ladder import RUNGS, LadderConfig, climb, rung_config
 from finetune.pipeline import RunConfig
 
@@ -68,6 +69,15 @@ def test_a_row_is_the_mean_over_the_distillations_with_their_spread():
     assert (rung.fid, rung.spread, rung.ratio, rung.count, rung.bits) == (4.0, 1.0, 2.0, 3, "W4A4")
     assert math.isnan(teacher.spread)
     assert math.isnan(few.ratio), "no teacher in 5 steps"
+
+
+def test_bits_stand_in_the_order_of_their_product():
+    names = [("teacher", "32"), ("full", "W4A4"), ("w2a8", "W2A8"), ("w2a4", "W2A4"), ("ptq", "W4A4"), ("lsq", "W4A4")]
+    rows = [Row(name, bits, 20, 1, 2.0 + i, math.nan, 1, 0, 0, 0, 1) for i, (name, bits) in enumerate(names)]
+    axis = plots.bits_chart(rows, ["ptq"]).axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["W2A4", "W2A8", "W4A4"]
+    places = {text.get_text(): text.xy for text in axis.texts}
+    assert places == {"3.00": (2, 3.0), "4.00": (1, 4.0), "5.00": (0, 5.0), "ptq": (2, 6.0)}
 
 
 def test_a_finished_rung_of_other_settings_is_refused(config_path, capsys):

@@ -324,7 +324,10 @@ def test_layers_that_would_saturate_run_in_exact_float_and_are_named(frozen, buf
 def test_what_is_not_supported_is_refused_by_name(options, message):
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = UNet2DModel(16, 1, 1, block_out_channels=(16, 16), norm_num_groups=4, **blocks | options)
-    student = freeze(quantize(unet, QuantConfig(), [9]))
+    student = quantize(unet, QuantConfig(), [9])
+    for _, layer in student.layers():
+        nn.init.constant_(layer.act_quantizer.scale, 0.1)
+    student = freeze(student)
     with pytest.raises(ValueError, match=message):
         to_integer(student)
 
