@@ -25,7 +25,7 @@ class DrawConfig(SamplerConfig):
     seed: int = 0
     """Image i starts from the noise of seed + i."""
     batch_size: int = 64
-    """Images that are denoised at once; decides the speed, not the images."""
+    """Images that are denoised at once. It decides the speed, not the images, but for the last bits of floats."""
     runtime: str = "integer"
     """How a student runs: "integer", or "simulated" in float."""
 

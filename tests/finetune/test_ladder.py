@@ -96,10 +96,12 @@ def test_a_score_of_another_teacher_is_refused(config_path, tmp_path, capsys):
     shutil.rmtree(tmp_path / "ladder" / "ptq")
     path = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(SystemExit) as caught:
-        run_command("prog", climb, LadderConfig, arguments)
-    assert caught.value.code == 2
-    assert "teacher/metrics.json has weights = " in capsys.readouterr().err
+    for name, message in (("images.pt", "was drawn with the weights"), ("metrics.json", "has weights = ")):
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", climb, LadderConfig, arguments)
+        assert caught.value.code == 2
+        assert f"teacher/{name} {message}" in capsys.readouterr().err
+        (tmp_path / "ladder" / "teacher" / "images.pt").unlink()
 
 
 def test_every_rung_is_a_configuration_of_its_own(tmp_path):
