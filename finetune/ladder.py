@@ -211,8 +211,8 @@ def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tens
         torch.save({"images": images, "seconds": seconds, "weights": weights}, content)
         write_bytes(path, content.getvalue())
     saved = torch.load(path, weights_only=True)
-    if saved["weights"] != weights:
-        raise InputError(f"{path} was drawn with the weights {saved['weights']}, now they are {weights}: delete it")
+    if (then := saved.get("weights")) != weights:
+        raise InputError(f"{path} was drawn with the weights {then}, now they are {weights}: delete it")
     return saved["images"], saved["seconds"]
 
 
