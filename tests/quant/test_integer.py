@@ -45,7 +45,10 @@ def test_a_sampling_on_integers_is_the_simulations(frozen, use, way):
     use(way)
     config = SamplerConfig(num_steps=6)
     model = to_integer(frozen)
-    assert model.summary() == f"{len(model.layers)} layers by {way if way != 'fused' else 'VNNI'}"
+    ways = {layer.way for layer in model.layers.values()}
+    # Where a processor adds products of 8-bit codes in 16 bits, oneDNN leaves the layers that would saturate to floats.
+    falls_back = way == "oneDNN" and not integer.sums_are_exact()
+    assert ways == {"VNNI" if way == "fused" else way} | ({"exact float"} if falls_back else set())
     ours, theirs = (sample(denoiser, config, 24).float() for denoiser in (model, frozen))
     # A float on the boundary of a code may go the other way, and what follows differs: few images may.
     equal = (ours == theirs).flatten(1).float().mean(1)
