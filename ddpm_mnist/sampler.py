@@ -1,4 +1,4 @@
-"""One seeded sampler for teacher and student: diffusers' own steps, written as four numbers each."""
+"""One seeded sampler for teacher and student: diffusers' solvers, every step of them written as four numbers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ddpm_mnist.noise import Array, draw_noise, image_generators, log
 from ddpm_mnist.unet import make_ddim_scheduler
 
-# Seeds of images lie in 0…2^31 - 1: torch's generator uses 32 bits, and half of them belong to training.
+# Seeds of images lie in 0…2^31 - 1; as many more, from there on, belong to training.
 SEED_LIMIT = 1 << 31
 
 # A denoiser is called as `eps = denoiser(x_t, t).sample`: x_t float (N, 1, 28, 28), t long (N,).
@@ -66,6 +68,10 @@ class Solver:
     before, z fresh noise. DDIM (with the clipped model output, at any η) and DPM-Solver++ (2M) are of this
     form, and samples of one batch may stand at different steps, which no scheduler of diffusers allows.
 
+    The numbers are worked out in float64 from + − × ÷ and √ alone, then rounded: the same bytes on every processor,
+    which those of diffusers, float32 by vectorised functions, are not. The steps keep to one operation at a time for
+    the same reason: what fuses a product with a sum (addcmul, lerp) rounds once on one processor, twice on another.
+
     Attributes:
         timesteps: long (T,), the training timestep of each step, falling.
         coefficients: float (T, 4), the rows (a, b, c, s).
@@ -73,11 +79,12 @@ class Solver:
     """
 
     def __init__(self, config: SamplerConfig):
-        scheduler = make_scheduler(config)
-        self.timesteps: Tensor = scheduler.timesteps.clone()
-        alphas_cumprod = scheduler.alphas_cumprod[self.timesteps]
-        self._alpha, self._sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-        self.coefficients = _read_coefficients(scheduler, config)
+        self.timesteps: Tensor = make_scheduler(config).timesteps.clone()
+        t = self.timesteps.numpy()
+        alphas_cumprod = _make_alphas_cumprod()
+        self._alpha = _to_tensor(np.sqrt(alphas_cumprod[t]))
+        self._sigma = _to_tensor(np.sqrt(1 - alphas_cumprod[t]))
+        self.coefficients = _to_tensor(_make_coefficients(config, t, alphas_cumprod))
         self.is_stochastic = bool(self.coefficients[:, 3].any())
 
     def predict_x0(self, step: Tensor, x: Tensor, eps: Tensor) -> Tensor:
@@ -100,23 +107,37 @@ def _per_sample(table: Tensor, step: Tensor, x: Tensor) -> Tensor:
     return table.to(x.device)[step].view(-1, 1, 1, 1)
 
 
-def _read_coefficients(scheduler: Any, config: SamplerConfig) -> Tensor:
-    """Feed diffusers' own step with unit vectors, one axis for x, each x0 and z, and read (a, b, c, s) off it."""
-    num_steps = config.num_steps
-    probe = type(scheduler).from_config(
-        scheduler.config, prediction_type="sample", clip_sample=False, thresholding=False
-    )
-    probe.set_timesteps(num_steps)
-    *x0_axes, x_axis, z_axis = torch.eye(num_steps + 2)
-    options = {}
+def _to_tensor(array: Array) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _make_alphas_cumprod() -> Array:
+    """ᾱ_t of DDPM (arXiv 2006.11239, section 4), t = 0 … 999, then the image's own, 1, at t = -1; float64 (1001,)."""
+    betas = 1e-4 + (0.02 - 1e-4) * np.arange(1000) / 999
+    return np.append(np.multiply.accumulate(1 - betas), 1.0)  # one factor after the other
+
+
+def _make_coefficients(config: SamplerConfig, t: NDArray[np.int64], alphas_cumprod: Array) -> Array:
+    """The rows (a, b, c, s) of the steps from the timesteps `t`, float64 (T, 4).
+
+    DDIM (arXiv 2010.02502, eq. 12 and 16) with the ε that the clipped x0 implies, (x - α·x0) / σ. DPM-Solver++ (2M)
+    (arXiv 2211.01095, algorithm 2) is the same step at η = 0, but for an x0 that is extrapolated from the step before
+    in λ = ln(α/σ). The first step has none before it; the last has no λ to go to, as no noise is left.
+    """
+    t_next = np.append(t[1:], -1)
     if config.solver == "ddim":
-        options = {"eta": config.eta, "use_clipped_model_output": True, "variance_noise": z_axis}
-    rows = []
-    for step, t in enumerate(probe.timesteps):
-        out = probe.step(x0_axes[step], t, x_axis, **options).prev_sample
-        before = out[step - 1] if step else torch.zeros(())
-        rows.append(torch.stack([out[num_steps], out[step], before, out[num_steps + 1]]))
-    return torch.stack(rows)
+        # diffusers goes down by the whole part of 1000 / T, though the next timestep may lie one further.
+        t_next = np.maximum(t - 1000 // config.num_steps, -1)
+    now, after = alphas_cumprod[t], alphas_cumprod[t_next]
+    alpha, sigma = np.sqrt(now), np.sqrt(1 - now)
+    s = config.eta * np.sqrt((1 - after) / (1 - now) * (1 - now / after))
+    a = np.sqrt(1 - after - s * s) / sigma
+    b = np.sqrt(after) - a * alpha
+    c = np.zeros_like(b)
+    if config.solver == "dpm++":
+        h = np.diff(log(alpha / sigma))
+        c[1:-1] = -b[1:-1] * h[1:] / (2 * h[:-1])
+    return np.stack([a, b - c, c, s], axis=1)
 
 
 class Step(NamedTuple):
@@ -126,16 +147,6 @@ class Step(NamedTuple):
     x: Tensor
     eps: Tensor
     x_next: Tensor
-
-
-def image_generators(seeds: range) -> list[torch.Generator]:
-    """One generator per image, so that an image depends on its own seed and on nothing else."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def draw_noise(generators: list[torch.Generator]) -> Tensor:
-    """The next noise of every image, float (N, 1, 28, 28), on the CPU."""
-    return torch.stack([torch.randn(1, 28, 28, generator=generator) for generator in generators])
 
 
 @torch.no_grad()

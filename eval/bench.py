@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_mnist import InputError
@@ -28,8 +28,7 @@ from eval.memory import peak_memory
 from eval.models import load_model
 from eval.runtimes import Runtimes, onnx_runtimes, torch_runtimes
 from quant import QuantConv2d, QuantizedUNet, to_integer
-from quant.integer import IntegerLayer, Quantizer
-from quant.quantizers import Clock
+from quant.integer.core import VARIABLE, available, choose
 from quant.summary import summarise
 
 
@@ -43,6 +42,9 @@ class BenchConfig:
     """Images per denoising step."""
     rounds: int = 15
     """Interleaved rounds: in each, every runtime takes one step; the table shows medians."""
+    isa: str = "best"
+    """Instruction sets of the integer student: "best", as EFFICIENTDM_ISA or the processor chooses; "all" that the
+    processor has, side by side; or one by its name."""
     threads: int = 0
     """Threads of every runtime; 0: as many as PyTorch takes."""
     num_steps: int = 20
@@ -55,8 +57,15 @@ class BenchConfig:
             raise ValueError(f"batch_sizes must name sizes of at least 1, not {list(self.batch_sizes)}")
         if self.output.suffix != ".json":
             raise ValueError(f"output must end in .json, not {self.output}")
+        self.isas()
         if self.rounds < 1 or self.num_steps < 1 or self.threads < 0:
             raise ValueError("rounds and num_steps must be at least 1, threads at least 0")
+
+    def isas(self) -> list[str]:
+        """By their names, the best first."""
+        if self.isa == "all":
+            return list(available()) or [choose().isa]
+        return [choose(None if self.isa == "best" else self.isa).isa]
 
 
 @dataclass
@@ -77,8 +86,8 @@ def benchmark(config: BenchConfig) -> list[Row]:
     """Time one denoising step of every runtime in turn, in one process, and write the figures.
 
     Runtimes: the teacher in diffusers, eager and compiled (channels-last), each in float and under bfloat16; the
-    student simulated and on integers; both exported to ONNX, in ONNX Runtime and OpenVINO if they are installed,
-    in float, bfloat16, and static int8 (the teacher, quantized by ONNX Runtime).
+    student simulated and on integers, on each instruction set that is asked for; both exported to ONNX, in ONNX Runtime
+    and OpenVINO if they are installed, in float, bfloat16, and static int8 (the teacher, quantized by ONNX Runtime).
 
     Raises:
         InputError: no such model, or the student is none.
@@ -93,14 +102,14 @@ def benchmark(config: BenchConfig) -> list[Row]:
     prepare_output(config.output)
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        runtimes = {**torch_runtimes(teacher, student), **onnx_runtimes(teacher, student, Path(folder))}
+        runtimes = {**torch_runtimes(teacher, student, config.isas()), **onnx_runtimes(teacher, student, Path(folder))}
         for batch_size in config.batch_sizes:
             rows += _time(runtimes, batch_size, config)
         sizes = _bytes_on_disk(config, Path(folder))
-        convolutions = _convolutions(student, max(config.batch_sizes), config.rounds)
-        integer_step = _integer_step(student, max(config.batch_sizes), config.rounds)
-    start = _first_image(config.student)
-    machine = _machine()
+        integer_step = _integer_step(student, config)
+        convolutions = _convolutions(student, integer_step, config)
+    start = _first_image(config)
+    machine = {**_machine(), "isa": config.isas()[0]}
     content = {
         "machine": machine,
         "student": load_model(config.student).bits,
@@ -140,9 +149,28 @@ def _time(runtimes: Runtimes, batch_size: int, config: BenchConfig) -> list[Row]
     return rows
 
 
-def _convolutions(student: QuantizedUNet, batch_size: int, rounds: int) -> dict[str, float]:
-    """The student's convolutions alone, each on its own input: float against integer operators of oneDNN."""
-    totals, macs = {"float": 0.0, "integer": 0.0}, 0
+def _integer_step(student: QuantizedUNet, config: BenchConfig) -> dict[str, float]:
+    """Where the integer student's time goes: the threads' own clocks tell codes and products apart."""
+    batch_size = max(config.batch_sizes)
+    integer, x = to_integer(student, config.isas()[0]), torch.randn(batch_size, 1, 28, 28)
+    integer(x, 499)
+    milliseconds = _median_seconds(partial(integer, x, 499), config.rounds) * 1e3
+    integer.seconds = np.zeros(2)
+    integer(x, 499)
+    products = integer.seconds[1] / integer.seconds.sum()
+    macs = sum(row.macs for row in summarise(student, (1, 28, 28)) if row.kind != "attention products")
+    return {
+        "batch_size": batch_size,
+        "milliseconds": round(milliseconds, 2),
+        "share_outside_integer_products": round(1 - products, 3),
+        "products_milliseconds": round(products * milliseconds, 2),
+        "products_gmacs_per_second": round(macs * batch_size / (products * milliseconds) / 1e6, 1),
+    }
+
+
+def _convolutions(student: QuantizedUNet, integer_step: dict[str, float], config: BenchConfig) -> dict[str, float]:
+    """The student's convolutions in PyTorch's float, each on an input of its own, against all its integer products."""
+    batch_size, total, macs = max(config.batch_sizes), 0.0, 0
     shapes: dict[QuantConv2d, torch.Size] = {}
     layers = [layer for _, layer in student.layers() if isinstance(layer, QuantConv2d)]
     hooks = [layer.register_forward_hook(lambda at, x, _: shapes.update({at: x[0].shape})) for layer in layers]
@@ -150,48 +178,16 @@ def _convolutions(student: QuantizedUNet, batch_size: int, rounds: int) -> dict[
     for hook in hooks:
         hook.remove()
     for layer, shape in shapes.items():
-        integer, quantizer = IntegerLayer(0, "", layer, 0, fused=False), Quantizer(1.0, 0, layer.act_quantizer.qmax)
-        codes = torch.randint(0, quantizer.qmax + 1, (batch_size, *shape[1:]), dtype=torch.uint8)
-        codes = codes.contiguous(memory_format=torch.channels_last)
-        x, weight = codes.float(), layer.quantized_weight().contiguous(memory_format=torch.channels_last)
-        kinds: dict[str, Callable[[], Tensor]] = {
-            "float": partial(F.conv2d, x, weight, layer.bias, *layer.geometry),
-            "integer": partial(integer, codes, quantizer, layer.bias),
-        }
-        macs += kinds["integer"]().numel() * layer.weight_shape[1:].numel()
-        for kind, step in kinds.items():
-            totals[kind] += _median_seconds(step, rounds)
+        x = torch.randn(batch_size, *shape[1:]).contiguous(memory_format=torch.channels_last)
+        weight = layer.quantized_weight().contiguous(memory_format=torch.channels_last)
+        step = partial(F.conv2d, x, weight, layer.bias, *layer.geometry)
+        macs += step().numel() * layer.weight_shape[1:].numel()
+        total += _median_seconds(step, config.rounds)
     return {
         "batch_size": batch_size,
-        "onednn_float_milliseconds": round(totals["float"] * 1e3, 2),
-        "onednn_integer_milliseconds": round(totals["integer"] * 1e3, 2),
-        "ratio": round(totals["float"] / totals["integer"], 2),
+        "float_milliseconds": round(total * 1e3, 2),
+        "ratio": round(total * 1e3 / integer_step["products_milliseconds"], 2),
         "multiply_accumulates": macs,
-    }
-
-
-def _integer_step(student: QuantizedUNet, batch_size: int, rounds: int) -> dict[str, float]:
-    """Where the integer student's time goes, and the least that its products would take at the machine's peak."""
-    integer, x = to_integer(student), torch.randn(batch_size, 1, 28, 28)
-    milliseconds = _median_seconds(partial(integer, x, 499), rounds) * 1e3
-    outside = {}
-    if integer.is_fused:
-        integer.seconds = torch.zeros(2, dtype=torch.float64)
-        integer(x, 499)
-        share = (integer.seconds[0] / integer.seconds.sum()).item()
-        outside["share_outside_integer_products"] = round(share, 3)
-    macs = sum(row.macs for row in summarise(student, (1, 28, 28)) if row.kind != "attention products")
-    layer = QuantConv2d(nn.Conv2d(256, 256, 3, padding=1), 4, 4, 1, Clock([0]))
-    layer.freeze()
-    codes = torch.randint(0, 16, (16, 256, 28, 28), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    large = partial(IntegerLayer(0, "", layer, 0, fused=False), codes, Quantizer(1.0, 0, 15), layer.bias)
-    peak = codes.numel() * 256 * 9 / _median_seconds(large, rounds)
-    return {
-        "batch_size": batch_size,
-        "milliseconds": round(milliseconds, 2),
-        **outside,
-        "onednn_peak_gmacs_per_second": round(peak / 1e9, 1),
-        "milliseconds_at_peak": round(macs * batch_size / peak * 1e3, 2),
     }
 
 
@@ -204,8 +200,8 @@ def _median_seconds(step: Callable[[], Any], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def _first_image(student: str) -> dict[str, float]:
-    """Seconds beyond the imports, in new processes: to load the student, and from there to its first integer image."""
+def _first_image(config: BenchConfig) -> dict[str, float]:
+    """Seconds beyond the imports, in a new process: to load the student, and from there to its first integer image."""
     script = (
         "import sys, time; from eval.models import load_model, runnable, Model; "
         "from eval.sample import DrawConfig, draw; start = time.perf_counter(); "
@@ -213,17 +209,13 @@ def _first_image(student: str) -> dict[str, float]:
         "draw(Model('student', runnable(student, 'integer')), DrawConfig(num_images=1)); "
         "print(loaded - start, time.perf_counter() - loaded)"
     )
-    runs = []
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCH_EXTENSIONS_DIR": cache}
-        for _ in range(2):
-            command = [sys.executable, "-c", script, student]
-            run = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if run.returncode:
-                raise InputError(f"{student} does not run on integers: {run.stderr.splitlines()[-1]}")
-            runs.append([float(number) for number in run.stdout.split()[-2:]])
-    (_, compiling), (loading, cached) = runs
-    return {"load": round(loading, 2), "compiling": round(compiling, 2), "from_cache": round(cached, 2)}
+    environment = {**os.environ, VARIABLE: config.isas()[0]}
+    command = [sys.executable, "-c", script, config.student]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise InputError(f"{config.student} does not run on integers: {run.stderr.splitlines()[-1]}")
+    loading, drawing = (float(number) for number in run.stdout.split()[-2:])
+    return {"load": round(loading, 2), "first_image": round(drawing, 2)}
 
 
 def _bytes_on_disk(config: BenchConfig, onnx: Path) -> dict[str, int]:
@@ -237,10 +229,12 @@ def _bytes_on_disk(config: BenchConfig, onnx: Path) -> dict[str, int]:
 
 def _machine() -> dict[str, Any]:
     packages = ("torch", "diffusers", "onnxruntime", "openvino")
-    found = torch.cpu.get_capabilities()
+    found, told = torch.cpu.get_capabilities(), ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")
     return {
         "processor": found.get("cpu_name", platform.processor()),
-        "instructions": [name for name in ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8") if found.get(name)],
+        "instructions": [
+            name for name in ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8") if found.get(name)
+        ],
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
@@ -253,7 +247,8 @@ def _markdown(rows: list[Row], content: dict[str, Any]) -> str:
     by_key = {(row.runtime, row.model, row.batch_size): row for row in rows}
     machine = content["machine"]
     lines = [
-        f"{machine['processor']}, {', '.join(machine['instructions'])}, {machine['threads']} threads, "
+        f"{machine['processor']}, {', '.join(machine['instructions'])}, integers on {machine['isa']}, "
+        f"{machine['threads']} threads, "
         + ", ".join(f"{name} {number}" for name, number in machine["versions"].items()),
         "",
         "| runtime | model | "

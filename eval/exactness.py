@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from rich.console import Console
@@ -20,10 +21,11 @@ from ddpm_mnist.command import run_command
 from ddpm_mnist.sampler import SamplerConfig, Solver, denoise
 from eval.models import load_model
 from eval.sample import DrawConfig
-from quant import QuantConv2d, QuantizedUNet, to_integer
+from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.functional import round_zero_point
-from quant.integer import ATTENTION, NORM, NORM_SILU, Instruction, IntegerLayer, Quantizer, fused_operator
-from quant.quantizers import Clock
+from quant.integer import core
+from quant.integer.model import Moment
+from quant.integer.program import Line, filled
 
 
 @dataclass
@@ -41,34 +43,20 @@ class ExactnessConfig:
         DrawConfig(num_steps=self.num_steps, num_images=self.num_images, seed=self.seed)  # refuses what is outside
 
 
-def line_codes(line: Instruction, x: Tensor, quantizer: Quantizer, norm: nn.GroupNorm | None = None) -> Tensor:
-    """The codes that `integer.cpp` makes of x (N, C, H, W) in a line of a program, seen through an identity layer."""
-    channels = x.shape[1] // (3 if line.kind == ATTENTION else 1)
-    layer = QuantConv2d(nn.Conv2d(channels, channels, 1), 8, 8, 1, Clock([0]))
-    nn.init.dirac_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    layer.freeze()
-    identity = IntegerLayer(0, "identity", layer, 0, fused=True)
-    line = line._replace(layer=0, norm=0 if norm else -1, source=-1, source_channels=x.shape[1], skip=-1)
-    line = line._replace(skip_channels=0, residual=-1, target=-1, height=x.shape[2], width=x.shape[3], factor=1)
-    norms = [norm] if norm else []
-    y = fused_operator()(
-        x.contiguous(memory_format=torch.channels_last),
-        torch.tensor([line]),
-        [identity.weight],
-        [identity.weight_sum],
-        [torch.full_like(identity.scales, 1 / quantizer.scale)],
-        torch.tensor([(channels, 1, 1, 1, 1, 0, 0, 0, 0)]),
-        [n.weight for n in norms],
-        [n.bias for n in norms],
-        [n.num_groups for n in norms],
-        [n.eps for n in norms],
-        torch.tensor([quantizer], dtype=torch.float64),
-        [torch.zeros(channels)],
-        0,
+def line_codes(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor) -> Tensor:
+    """The codes, as floats, that the core makes of x (N, C, H, W) in a line of a program, not enlarged."""
+    count, channels, height, width = x.shape
+    placed = core.Line(
+        line.kind, line.layer, line.norm, 0, channels, -1, 0, -1, -1, height, width, factor=1, heads=line.heads
     )
-    assert layer.codes is not None
-    return (y / layer.codes.max().item()).round() + quantizer.zero_point
+    states = np.zeros((count, height * width * filled(channels) + core.LANES), np.float32)
+    pixels = states[:, : -core.LANES].reshape(count, height, width, -1)
+    pixels[..., :channels] = rearrange(x, "n c h w -> n h w c").numpy()
+    codes = np.empty((count, height, width, channels // (3 if line.kind == core.ATTENTION else 1)), np.uint8)
+    quantizer = moment.quantizers[line.layer : line.layer + 1].ctypes.data
+    for state, code in zip(states, codes, strict=True):
+        integer.core.encode(placed, integer.layers.norm_table, quantizer, state.ctypes.data, code.ctypes.data)
+    return rearrange(torch.from_numpy(codes), "n h w c -> n c h w").float()
 
 
 @torch.no_grad()
@@ -82,7 +70,7 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: int) -> dict[str, float
     """
     integer = to_integer(student)
     integer(x, t)  # makes the program and the timestep's step sizes
-    program, moment = integer.programs[x.shape[2], x.shape[3]], integer.moments[t]
+    programs, moment = (integer.time_program, integer.programs[x.shape[2], x.shape[3]]), integer.moments[t]
     entering: dict[str, Tensor] = {}
     leaving: dict[str, Tensor] = {}
     coded: dict[str, Tensor] = {}
@@ -112,24 +100,29 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: int) -> dict[str, float
         for handle in hooks:
             handle.remove()
 
-    shares, previous = {}, ""
-    for line in program.instructions:
-        name, quantizer = list(integer.layers.values())[line.layer].name, moment.quantizers[line.layer]
-        height, width = line.height * line.factor, line.width * line.factor
-        if line.kind == ATTENTION:
-            source = _as_image(leaving[previous], height)
-        elif line.kind in (NORM, NORM_SILU):
-            source = entering[f"norm {line.norm}"].reshape(len(x), -1, height, width)
-        else:
-            source = entering[name]
-        ours = line_codes(line, source, quantizer, norms.get(line.norm))
-        shares[name], previous = (ours != _as_image(coded[name], height)).float().mean().item(), name
+    names, shares = [layer.name for layer in integer.layers.values()], {}
+    for program in programs:
+        made_by: dict[int, str] = {}
+        for line in program.lines:
+            name, (_, height, width) = names[line.layer], program.shapes[line.source]
+            made_by[line.target] = name
+            if line.norm >= 0:
+                source = entering[f"norm {line.norm}"]
+            elif line.kind == core.QUANTIZE:
+                source = entering[name]
+            else:
+                source = leaving[made_by[line.source]]
+            source = _as_image(source, height * line.factor, width * line.factor)
+            theirs = _as_image(coded[name], height * line.factor, width * line.factor)
+            shares[name] = (line_codes(integer, line, moment, source) != theirs).float().mean().item()
     return shares
 
 
-def _as_image(x: Tensor, height: int) -> Tensor:
-    """Tokens (N, H·W, C) → (N, C, H, W); an image stays as it is."""
-    return rearrange(x, "n (h w) c -> n c h w", h=height) if x.dim() == 3 else x
+def _as_image(x: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (N, H·W, C) or features (N, C) → (N, C, H, W); the pixels of a normalisation's input find their place."""
+    if x.dim() == 3 and x.shape[1] == height * width:
+        return rearrange(x, "n (h w) c -> n c h w", h=height)
+    return x.reshape(len(x), -1, height, width)
 
 
 def report(config: ExactnessConfig) -> dict[str, float]:
@@ -138,8 +131,6 @@ def report(config: ExactnessConfig) -> dict[str, float]:
     if not isinstance(student, QuantizedUNet):
         raise InputError(f'"{config.student}" is no student: a run folder or a released student is needed')
     student.cpu()
-    if fused_operator() is None:
-        raise InputError("integer.cpp does not run here: the layers run one by one, with the simulation's own codes")
     solver = Solver(SamplerConfig(num_steps=config.num_steps))
     totals: dict[str, float] = {}
     for step in denoise(student, solver, range(config.seed, config.seed + config.num_images)):

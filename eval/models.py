@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from ddpm_mnist import InputError
 from ddpm_mnist.unet import PRETRAINED
 from quant import IntegerUNet, QuantizedUNet, to_integer
+from quant.integer.core import choose
 
 STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
 RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDENTS}}
@@ -60,12 +61,15 @@ def device() -> torch.device:
 
 
 def check_runtime(runtime: str) -> None:
+    """ValueError where there is no such runtime, or where integers cannot run here."""
     if runtime not in RUNTIMES:
         raise ValueError(f'runtime must be {" or ".join(RUNTIMES)}, not "{runtime}"')
+    if runtime == "integer":
+        choose()
 
 
 def runnable(student: QuantizedUNet, runtime: str) -> IntegerUNet | QuantizedUNet:
-    """The frozen `student` as `runtime`, one of `RUNTIMES`, runs it."""
+    """The frozen `student` as `runtime`, one of `RUNTIMES`, runs it; ValueError where integers do not follow it."""
     return to_integer(student) if runtime == "integer" else student.to(device())
 
 

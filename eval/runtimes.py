@@ -20,8 +20,8 @@ from quant.export import export_onnx
 Runtimes = dict[tuple[str, str], Callable[[Tensor, Tensor], Any]]
 
 
-def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet) -> Runtimes:
-    """(runtime, model) → a denoiser."""
+def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet, isas: list[str]) -> Runtimes:
+    """(runtime, model) → a denoiser; on integers "integer" is the first of `isas`, the others have their names."""
     channels_last = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
 
     def under_bfloat16(denoiser: Any) -> Any:
@@ -37,7 +37,10 @@ def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet) -> Runtimes:
         ("eager-bfloat16", "teacher"): under_bfloat16(teacher),
         ("compiled-bfloat16", "teacher"): torch.compile(under_bfloat16(channels_last), dynamic=False),
         ("simulated", "student"): student,
-        ("integer", "student"): to_integer(student),
+        **{
+            (f"integer-{isa}" if number else "integer", "student"): to_integer(student, isa)
+            for number, isa in enumerate(isas)
+        },
     }
 
 

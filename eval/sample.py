@@ -53,7 +53,7 @@ class SampleConfig(DrawConfig):
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     """The model's images uint8 (num_images, 28, 28) as `config` says, and the seconds that they took."""
     if isinstance(model.denoiser, IntegerUNet):
-        print(f"{model.name} runs on integers: {model.denoiser.summary()}")
+        print(f"{model.name} runs on integers: {model.denoiser.core.isa}")
     start, device = time.monotonic(), model.denoiser.device
     with progress(f"sampling {model.name}", config.num_images) as advance:
         images = sample(model.denoiser, config, config.num_images, config.seed, config.batch_size, device, advance)

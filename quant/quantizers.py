@@ -58,7 +58,9 @@ class Clock:
         below, above, fraction = self._interval
         if len(table) == 1:
             return table.expand(len(below))
-        return torch.lerp(table[below], table[above], fraction.to(table.dtype))
+        fraction = fraction.to(table.dtype)
+        # Not torch.lerp, which some processors fuse: integers promise the same bits on all.
+        return table[below] * (1 - fraction) + table[above] * fraction
 
     def __deepcopy__(self, memo: dict) -> "Clock":
         return memo.setdefault(id(self), Clock(self.timesteps))

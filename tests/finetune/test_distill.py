@@ -72,7 +72,8 @@ def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, s
 
 
 def test_the_buffers_noise_is_never_scored(unet, solver):
-    from ddpm_mnist.sampler import SEED_LIMIT, draw_noise, image_generators
+    from ddpm_mnist.noise import draw_noise, image_generators
+    from ddpm_mnist.sampler import SEED_LIMIT
 
     scored = draw_noise(image_generators(range(8)))
     starts = [make_trajectories(unet, solver, count=8, seed=seed).x[:, 0] for seed in (0, 1)]

@@ -1,0 +1,254 @@
+// From a float state to the codes of a layer's input: normalisation, SiLU, attention, rounding.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "isa.h"
+#include "program.h"
+
+namespace {
+
+inline int64_t filled(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+
+struct State {
+  const float* data;
+  int64_t channels;
+
+  const float* pixel(int64_t index) const { return data + index * filled(channels); }
+};
+
+// Where codes go: an image with a border, `channels` bytes from pixel to pixel and `row` bytes from row to row.
+struct CodeImage {
+  uint8_t* data;
+  int64_t channels, row;
+
+  uint8_t* pixel(int64_t y, int64_t x) const { return data + y * row + x * channels; }
+};
+
+struct Rounding {
+  Floats inverse, low, high;
+  Ints zero_point;
+
+  explicit Rounding(const Quantizer& q)
+      : inverse(all(q.inverse)), low(all(q.low)), high(all(q.high)),
+        zero_point(all<Ints>(q.zero_point) - bits(all(kRound))) {}
+
+  // The codes of the first `count` ≤ 16 of x. The bounds are integers, so it may clamp before it rounds.
+  void operator()(Floats x, int64_t count, uint8_t* to) const {
+    const Ints codes = bits(min(max(x * inverse, low), high) + all(kRound)) + zero_point;
+    if (count >= kLanes) return store_bytes(codes, to);
+    uint8_t sixteen[kLanes];
+    store_bytes(codes, sixteen);
+    std::memcpy(to, sixteen, count);
+  }
+};
+
+// Sums of every channel and of its squares over the pixels, added to `sum` and `square`. Short sums in float, their
+// total in double; four chains hide the latency of an addition.
+inline void channel_sums(State x, int64_t pixels, double* sum, double* square) {
+  constexpr int64_t kBlock = 64, kChains = 4;
+  for (int64_t channel = 0; channel < x.channels; channel += kLanes)
+    for (int64_t start = 0; start < pixels; start += kBlock) {
+      Floats sums[kChains], squares[kChains];
+      UNROLLED for (int chain = 0; chain < kChains; ++chain) sums[chain] = squares[chain] = all(0.0f);
+      const auto add = [&](int64_t pixel, int chain) {
+        const Floats value = load(x.pixel(pixel) + channel);
+        sums[chain] = sums[chain] + value;
+        squares[chain] = squares[chain] + value * value;
+      };
+      const int64_t stop = std::min(start + kBlock, pixels);
+      int64_t pixel = start;
+      for (; pixel + kChains <= stop; pixel += kChains)
+        UNROLLED for (int chain = 0; chain < kChains; ++chain) add(pixel + chain, chain);
+      for (int chain = 0; pixel < stop; ++pixel, ++chain) add(pixel, chain);
+      float s[kLanes], q[kLanes];
+      store((sums[0] + sums[1]) + (sums[2] + sums[3]), s);
+      store((squares[0] + squares[1]) + (squares[2] + squares[3]), q);
+      for (int64_t i = 0; i < std::min(kLanes, x.channels - channel); ++i) {
+        sum[channel + i] += s[i];
+        square[channel + i] += q[i];
+      }
+    }
+}
+
+// Group normalisation of the concatenation [x, skip] as one slope and one shift a channel: slope · value + shift.
+inline void normalise(const Norm& norm, State x, State skip, int64_t pixels, float* slope, float* shift) {
+  const int64_t channels = x.channels + skip.channels, size = channels / norm.groups;
+  std::vector<double> sum(channels), square(channels);
+  channel_sums(x, pixels, sum.data(), square.data());
+  channel_sums(skip, pixels, sum.data() + x.channels, square.data() + x.channels);
+  for (int64_t first = 0; first < channels; first += size) {
+    double total = 0.0, squares = 0.0;
+    for (int64_t i = first; i < first + size; ++i) {
+      total += sum[i];
+      squares += square[i];
+    }
+    const double count = static_cast<double>(size * pixels), mean = total / count;
+    const double variance = std::max(squares / count - mean * mean, 0.0);
+    const double inverse = 1.0 / std::sqrt(variance + norm.eps);
+    for (int64_t i = first; i < first + size; ++i) {
+      const double factor = norm.weight[i] * inverse;
+      slope[i] = static_cast<float>(factor);
+      shift[i] = static_cast<float>(norm.bias[i] - mean * factor);
+    }
+  }
+}
+
+template <bool kSilu, class Vector>
+inline Vector through(Vector x) {
+  return kSilu ? x / (all<Vector>(1.0f) + exp_of_negative(x)) : x;
+}
+
+// The codes of slope · x + shift, through SiLU if asked for, each pixel `factor` pixels from its neighbours.
+template <bool kThroughSilu>
+void encode_state(State x, const Line& line, const float* slope, const float* shift, Rounding rounding,
+                  CodeImage codes) {
+  for (int64_t channel = 0; channel < x.channels; channel += kLanes) {
+    const int64_t count = std::min(kLanes, x.channels - channel);
+    const Floats a = load(slope + channel), b = load(shift + channel);
+    const int64_t height = line.height, width = line.width, pixel = filled(x.channels), step = line.factor * codes.channels;
+    const float* from = x.data + channel;
+    for (int64_t y = 0; y < height; ++y) {
+      uint8_t* to = codes.pixel(y * line.factor, 0) + channel;
+      int64_t i = 0;
+      for (; i + 2 <= width; i += 2, from += 2 * pixel, to += 2 * step) {  // two at a time wait less for a division
+        const auto values = through<kThroughSilu>(Pair<Floats>{load(from) * a + b, load(from + pixel) * a + b});
+        rounding(values.low, count, to);
+        rounding(values.high, count, to + step);
+      }
+      for (; i < width; ++i, from += pixel, to += step)
+        rounding(through<kThroughSilu>(load(from) * a + b), count, to);
+    }
+  }
+}
+
+// Nearest neighbours: every pixel and row that was written, `factor` times.
+inline void enlarge(CodeImage codes, int64_t height, int64_t width, int64_t factor) {
+  for (int64_t y = 0; y < height; ++y) {
+    for (int64_t x = 0; x < width; ++x)
+      for (int64_t copy = 1; copy < factor; ++copy)
+        std::memcpy(codes.pixel(y * factor, x * factor + copy), codes.pixel(y * factor, x * factor), codes.channels);
+    for (int64_t copy = 1; copy < factor; ++copy)
+      std::memcpy(codes.pixel(y * factor + copy, 0), codes.pixel(y * factor, 0), width * factor * codes.channels);
+  }
+}
+
+// softmax(q·kᵀ / √size)·v for the tokens of one head. A row of `qkv` holds q, k and v of every head one after another.
+// kRows rows of the result are computed together.
+class Head {
+ public:
+  Head(int64_t tokens, int64_t width, int64_t size)
+      : tokens_(tokens), width_(width), row_(filled(3 * width)), size_(size), columns_(filled(tokens)),
+        value_(filled(size)), keys_(size * columns_), values_(tokens * value_), scores_(kRows * columns_) {
+    for (int64_t i = 0; i < kLanes; ++i) inside_[i] = columns_ - kLanes + i < tokens ? 1.0f : 0.0f;
+  }
+
+  // `write(row, first, count, values)` takes a part of a row of the result.
+  template <class Write>
+  void operator()(const float* qkv, const Write& write) {
+    const float factor = 1.0f / std::sqrt(static_cast<float>(size_));
+    for (int64_t j = 0; j < tokens_; ++j) {
+      const float *k = qkv + j * row_ + width_, *v = k + width_;
+      for (int64_t d = 0; d < size_; ++d) keys_[d * columns_ + j] = k[d] * factor;
+      std::copy_n(v, size_, &values_[j * value_]);
+    }
+    for (int64_t row = 0; row < tokens_; row += kRows) {
+      const int64_t rows = std::min(kRows, tokens_ - row);
+      const float* q[kRows];
+      for (int64_t r = 0; r < kRows; ++r) q[r] = qkv + (row + std::min(r, rows - 1)) * row_;
+      float inverse[kRows];
+      score(q, inverse);
+      const float* weights[kRows];
+      for (int64_t r = 0; r < kRows; ++r) weights[r] = &scores_[r * columns_];
+      for (int64_t d = 0; d < size_; d += kLanes) {
+        Floats sums[kRows];
+        weigh(sums, weights, &values_[d], value_, tokens_);
+        for (int64_t r = 0; r < rows; ++r)
+          write(row + r, d, std::min(kLanes, size_ - d), sums[r] * all(inverse[r]));
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kRows = 4;
+
+  // sums[r] = Σ_i weights[r][i] · rows[i], of `count` rows that lie `stride` floats apart.
+  static void weigh(Floats* sums, const float* const* weights, const float* rows, int64_t stride, int64_t count) {
+    Floats s[kRows];
+    const float* w[kRows];
+    UNROLLED for (int64_t r = 0; r < kRows; ++r) {
+      s[r] = all(0.0f);
+      w[r] = weights[r];
+    }
+    for (int64_t i = 0; i < count; ++i, rows += stride) {
+      const Floats row = load(rows);
+      UNROLLED for (int64_t r = 0; r < kRows; ++r) s[r] = s[r] + all(w[r][i]) * row;
+    }
+    UNROLLED for (int64_t r = 0; r < kRows; ++r) sums[r] = s[r];
+  }
+
+  // `scores_` = e^(s − max s) for kRows rows s of q·kᵀ / √size, and one over the sum of each.
+  void score(const float* const* q, float* inverse) {
+    for (int64_t j = 0; j < columns_; j += kLanes) {
+      Floats sums[kRows];
+      weigh(sums, q, &keys_[j], columns_, size_);
+      for (int64_t r = 0; r < kRows; ++r) store(sums[r], &scores_[r * columns_ + j]);
+    }
+    // The rows go side by side, for each step of one waits for the last.
+    const Floats inside = load(inside_);
+    const int64_t last = columns_ - kLanes;
+    Floats top[kRows], total[kRows];
+    for (int64_t r = 0; r < kRows; ++r) {
+      float* s = &scores_[r * columns_];
+      Floats highest = load(s + last) + (inside - all(1.0f)) * all(1e30f);  // what lies past the tokens never is
+      for (int64_t j = 0; j < last; j += kLanes) highest = max(highest, load(s + j));
+      top[r] = all(highest_lane(highest));
+      total[r] = all(0.0f);
+    }
+    for (int64_t j = 0; j < columns_; j += kLanes)
+      for (int64_t r = 0; r < kRows; ++r) {
+        float* s = &scores_[r * columns_ + j];
+        Floats e = exp_of_negative(top[r] - load(s));
+        if (j == last) e = e * inside;
+        store(e, s);
+        total[r] = total[r] + e;
+      }
+    for (int64_t r = 0; r < kRows; ++r) inverse[r] = 1.0f / sum_of_lanes(total[r]);
+  }
+
+  int64_t tokens_, width_, row_, size_;
+  int64_t columns_, value_;                     // tokens and size, filled up to a multiple of 16
+  std::vector<float> keys_, values_, scores_;  // k transposed (size, columns), v (tokens, value), scores (kRows, columns)
+  float inside_[kLanes];                        // 1 for the tokens among the last columns, 0 past them
+};
+
+// The codes of a line's source and skip.
+inline void encode_line(const Line& line, const Norm* norms, const Quantizer& quantizer, const float* memory,
+                        CodeImage codes) {
+  const Rounding rounding(quantizer);
+  const State x{memory + line.source, line.source_channels};
+  const State skip{line.skip < 0 ? nullptr : memory + line.skip, line.skip_channels};
+  if (line.kind == kAttention) {
+    const int64_t channels = x.channels / 3, size = channels / line.heads;
+    Head attend(line.height * line.width, channels, size);
+    for (int64_t head = 0; head < line.heads; ++head)
+      attend(x.data + head * size, [&](int64_t row, int64_t first, int64_t count, Floats values) {
+        rounding(values, count, codes.pixel(row / line.width, row % line.width) + head * size + first);
+      });
+    return;
+  }
+  const int64_t channels = x.channels + skip.channels;
+  std::vector<float> slope(channels + kLanes, 1.0f), shift(channels + kLanes, 0.0f);
+  if (line.norm >= 0) normalise(norms[line.norm], x, skip, line.height * line.width, slope.data(), shift.data());
+  const auto write = line.kind == kSilu ? encode_state<true> : encode_state<false>;
+  write(x, line, slope.data(), shift.data(), rounding, codes);
+  CodeImage behind = codes;
+  behind.data += x.channels;
+  write(skip, line, slope.data() + x.channels, shift.data() + x.channels, rounding, behind);
+  if (line.factor > 1) enlarge(codes, line.height, line.width, line.factor);
+}
+
+}  // namespace

@@ -1,0 +1,170 @@
+// Sixteen floats at once, with the same bits on every processor.
+//
+// Every operation is one that IEEE 754 rounds correctly, in the order in which it is written: with -ffp-contract=off
+// the compiler fuses nothing, and no library's exponential has a say.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// GCC keeps an array in registers only where it sees every index before it looks for such arrays.
+#define UNROLLED _Pragma("GCC unroll 16")
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+// Two vectors that act as one, where sixteen numbers need two or four registers.
+template <class Half>
+struct Pair {
+  Half low, high;
+};
+
+template <class Native, int kBytes>
+struct Filled {
+  using Type = Pair<typename Filled<Native, kBytes / 2>::Type>;
+};
+template <class Native>
+struct Filled<Native, kVectorBytes> {
+  using Type = Native;
+};
+using Floats = Filled<NativeFloats, 4 * kLanes>::Type;
+using Ints = Filled<NativeInts, 4 * kLanes>::Type;
+
+template <class Half>
+inline Pair<Half> operator+(Pair<Half> a, Pair<Half> b) {
+  return {a.low + b.low, a.high + b.high};
+}
+template <class Half>
+inline Pair<Half> operator-(Pair<Half> a, Pair<Half> b) {
+  return {a.low - b.low, a.high - b.high};
+}
+template <class Half>
+inline Pair<Half> operator*(Pair<Half> a, Pair<Half> b) {
+  return {a.low * b.low, a.high * b.high};
+}
+template <class Half>
+inline Pair<Half> operator/(Pair<Half> a, Pair<Half> b) {
+  return {a.low / b.low, a.high / b.high};
+}
+
+template <class Half>
+inline Pair<Half> min(Pair<Half> a, Pair<Half> b) {
+  return {min(a.low, b.low), min(a.high, b.high)};
+}
+
+template <class Half>
+inline Pair<Half> max(Pair<Half> a, Pair<Half> b) {
+  return {max(a.low, b.low), max(a.high, b.high)};
+}
+
+inline NativeFloats to_floats(NativeInts x) { return __builtin_convertvector(x, NativeFloats); }
+template <class Half>
+inline auto to_floats(Pair<Half> x) -> Pair<decltype(to_floats(x.low))> {
+  return {to_floats(x.low), to_floats(x.high)};
+}
+
+// The bits of x as an integer.
+inline NativeInts bits(NativeFloats x) { return (NativeInts)x; }
+template <class Half>
+inline auto bits(Pair<Half> x) -> Pair<decltype(bits(x.low))> {
+  return {bits(x.low), bits(x.high)};
+}
+
+// x · 2^n for the integer n = `power` − 1.5 · 2^23: by n's own bits, which lie lowest in those of `power`.
+inline NativeFloats scale(NativeFloats x, NativeFloats power) {
+  return (NativeFloats)((NativeInts)x + ((NativeInts)power << 23));
+}
+template <class Half>
+inline Pair<Half> scale(Pair<Half> x, Pair<Half> power) {
+  return {scale(x.low, power.low), scale(x.high, power.high)};
+}
+
+inline void fill(NativeFloats& x, float value) { x = value - NativeFloats{}; }
+inline void fill(NativeInts& x, int32_t value) { x = value - NativeInts{}; }
+template <class Half, class Number>
+inline void fill(Pair<Half>& x, Number value) {
+  fill(x.low, value);
+  fill(x.high, value);
+}
+template <class Vector = Floats, class Number>
+inline Vector all(Number value) {
+  Vector x;
+  fill(x, value);
+  return x;
+}
+
+template <class Native, class Number>
+inline void load(Native& x, const Number* from) {
+  std::memcpy(&x, from, sizeof x);
+}
+template <class Half, class Number>
+inline void load(Pair<Half>& x, const Number* from) {
+  load(x.low, from);
+  load(x.high, from + sizeof x / 2 / sizeof(Number));
+}
+inline Floats load(const float* from) {
+  Floats x;
+  load(x, from);
+  return x;
+}
+inline Ints load(const int32_t* from) {
+  Ints x;
+  load(x, from);
+  return x;
+}
+
+template <class Native>
+inline void store(Native x, float* to) {
+  std::memcpy(to, &x, sizeof x);
+}
+template <class Half>
+inline void store(Pair<Half> x, float* to) {
+  store(x.low, to);
+  store(x.high, to + sizeof x / 2 / sizeof(float));
+}
+
+inline float highest_lane(NativeFloats x) {
+  float highest = x[0];
+  for (size_t i = 1; i < sizeof x / sizeof(float); ++i) highest = x[i] > highest ? x[i] : highest;
+  return highest;
+}
+template <class Half>
+inline float highest_lane(Pair<Half> x) {
+  return highest_lane(max(x.low, x.high));
+}
+
+// Lane i and lane i + n/2 first, then the n/2 sums in the same way.
+inline float sum_of_lanes(NativeFloats x) {
+  float lanes[sizeof x / sizeof(float)];
+  store(x, lanes);
+  for (size_t half = sizeof x / sizeof(float) / 2; half > 0; half /= 2)
+    for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+template <class Half>
+inline float sum_of_lanes(Pair<Half> x) {
+  return sum_of_lanes(x.low + x.high);
+}
+
+// |x| < 2^22 plus this is rounded to an integer, halves to even; the lowest bits of the sum are the integer's.
+constexpr float kRound = 12582912.0f;  // 1.5 · 2^23
+
+// e^−x for x in [−87, 87], beyond which it stays: 2^n · e^r with |r| ≤ ln2 / 2, and the polynomial of Cephes for e^r.
+template <class Vector>
+inline Vector exp_of_negative(Vector x) {
+  x = min(max(x, all<Vector>(-87.0f)), all<Vector>(87.0f));
+  const Vector power = x * all<Vector>(-1.44269504f) + all<Vector>(kRound);
+  const Vector n = power - all<Vector>(kRound);
+  const Vector minus_r = (x + n * all<Vector>(0.693359375f)) + n * all<Vector>(-2.12194440e-4f);
+  const Vector rr = minus_r * minus_r;
+  // By Estrin's scheme: pairs first, for a shorter chain of operations that wait for one another.
+  const Vector highest = all<Vector>(1.3981999507e-3f) - minus_r * all<Vector>(1.9875691500e-4f);
+  const Vector middle = all<Vector>(4.1665795894e-2f) - minus_r * all<Vector>(8.3334519073e-3f);
+  const Vector lowest = all<Vector>(5.0000001201e-1f) - minus_r * all<Vector>(1.6666665459e-1f);
+  const Vector p = (highest * rr + middle) * rr + lowest;
+  return scale(p * rr - minus_r + all<Vector>(1.0f), power);
+}
+
+}  // namespace

@@ -1,0 +1,42 @@
+"""Builds the integer core: one library per instruction set of this kind of processor, from one source.
+
+Each is optional. Without a C++ compiler the installation goes through without them.
+"""
+
+import platform
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+X86 = {
+    "avx2": ["-mavx2"],
+    "avxvnni": ["-mavx2", "-mavxvnni"],
+    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+}
+ARM = {"neon": ["-march=armv8.2-a+dotprod"]}
+FLAGS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
+
+# Nothing is fused, so that every processor rounds alike.
+COMMON = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+
+
+class BuildCore(build_ext):
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # plain functions for ctypes, no module of Python
+
+
+setup(
+    ext_modules=[
+        Extension(
+            f"quant.integer._core_{isa}",
+            sources=["quant/integer/core/core.cpp"],
+            depends=[f"quant/integer/core/{name}.h" for name in ("isa", "floats", "codes", "convolution", "program")],
+            define_macros=[(f"ISA_{isa.upper()}", None)],
+            extra_compile_args=[*COMMON, *flags],
+            language="c++",
+            optional=True,
+        )
+        for isa, flags in {"portable": [], **FLAGS.get(platform.machine().lower(), {})}.items()
+    ],
+    cmdclass={"build_ext": BuildCore},
+)
