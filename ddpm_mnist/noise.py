@@ -15,6 +15,9 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
+# What is kept of an image or a student names it: one that was made from other noise is not mixed with new ones.
+STREAM = "Philox4x64-10, AS 241"
+
 # AS 241, PPND16: numerator and denominator of three rational functions, from the highest power down to the constant.
 CENTRE = (
     (2.5090809287301226727e3, 5.2264952788528545610e3),

@@ -232,9 +232,7 @@ def _machine() -> dict[str, Any]:
     found, told = torch.cpu.get_capabilities(), ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8")
     return {
         "processor": found.get("cpu_name", platform.processor()),
-        "instructions": [
-            name for name in ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8") if found.get(name)
-        ],
+        "instructions": [name for name in told if found.get(name)],
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},

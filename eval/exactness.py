@@ -49,9 +49,8 @@ def line_codes(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor) -> T
     placed = core.Line(
         line.kind, line.layer, line.norm, 0, channels, -1, 0, -1, -1, height, width, factor=1, heads=line.heads
     )
-    states = np.zeros((count, height * width * filled(channels) + core.LANES), np.float32)
-    pixels = states[:, : -core.LANES].reshape(count, height, width, -1)
-    pixels[..., :channels] = rearrange(x, "n c h w -> n h w c").numpy()
+    states = np.zeros((count, height, width, filled(channels)), np.float32)
+    states[..., :channels] = rearrange(x, "n c h w -> n h w c").numpy()
     codes = np.empty((count, height, width, channels // (3 if line.kind == core.ATTENTION else 1)), np.uint8)
     quantizer = moment.quantizers[line.layer : line.layer + 1].ctypes.data
     for state, code in zip(states, codes, strict=True):

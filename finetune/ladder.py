@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddpm_mnist import InputError
+from ddpm_mnist.noise import STREAM
 from ddpm_mnist.runs import RunState, write_bytes, write_json, write_text
 from ddpm_mnist.sampler import Solver, to_uint8
 from eval import plots
@@ -204,28 +205,29 @@ def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
 
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
     """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
-    path, weights = folder / IMAGES, model.weights_digest()
+    path, origin = folder / IMAGES, {"weights": model.weights_digest(), "noise": STREAM}
     if not path.exists():
         images, seconds = draw(model, drawing)
         content = io.BytesIO()
-        torch.save({"images": images, "seconds": seconds, "weights": weights}, content)
+        torch.save({"images": images, "seconds": seconds, **origin}, content)
         write_bytes(path, content.getvalue())
     saved = torch.load(path, weights_only=True)
-    if (then := saved.get("weights")) != weights:
-        raise InputError(f"{path} was drawn with the weights {then}, now they are {weights}: delete it")
+    for name, now in origin.items():
+        if (then := saved.get(name)) != now:
+            raise InputError(f"{path} was drawn with {name} = {then}, now it is {now}: delete it")
     return saved["images"], saved["seconds"]
 
 
 def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor) -> dict[str, Any]:
     """The model's score against the teacher's images `reference`, measured once and kept in `folder`."""
-    path, weights = folder / "metrics.json", model.weights_digest()
+    path, origin = folder / "metrics.json", {"weights": model.weights_digest(), "noise": STREAM}
     if not path.exists():
         images, seconds = _images(folder, model, drawing)
         score = dataclasses.asdict(score_images(model, images, seconds, reference, drawing))
-        write_json(path, {**score, "weights": weights})
+        write_json(path, {**score, **origin})
     score = json.loads(path.read_text())
     now = {name: getattr(drawing, name) for name in ("num_images", "num_steps", "seed", "solver")}
-    for name, value in {**now, "runtime": model.runtime, "weights": weights}.items():
+    for name, value in {**now, "runtime": model.runtime, **origin}.items():
         if score.get(name) != value:
             then = score.get(name)
             raise InputError(f"{path} has {name} = {then}, now it is {value}: delete it and {folder / IMAGES}")

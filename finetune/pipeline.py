@@ -12,6 +12,7 @@ import torch
 from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_mnist
+from ddpm_mnist.noise import STREAM
 from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_json
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler, sample
 from eval.fid import print_scores, score_images
@@ -270,13 +271,13 @@ def run(config: RunConfig) -> Path:
 
 
 def fingerprint(config: RunConfig, teacher: Model) -> dict:
-    """What decides the student: its part of the configuration, and the teacher's very weights."""
+    """What decides the student: its part of the configuration, the teacher's very weights, and where noise is from."""
     fields = dataclasses.asdict(config)
     for free in ("output", "teacher", "num_images", "score_seed", "grid_columns"):
         del fields[free]
     for free in ("log_every", "save_every"):
         del fields["distill"][free]
-    return {**fields, "teacher's weights": teacher.weights_digest()}
+    return {**fields, "teacher's weights": teacher.weights_digest(), "noise": STREAM}
 
 
 def _title(config: RunConfig, bits: str) -> str:

@@ -2,6 +2,8 @@ import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: what is equal bit for bit is so on the CPU
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,11 +15,21 @@ from quant import QuantConfig, calibrate, quantize
 TINY = UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
 
 
+def _make_unet():
+    torch.manual_seed(0)
+    return make_unet(TINY).eval().requires_grad_(False)
+
+
+def _make_student(unet, solver, buffer):
+    model = quantize(unet, QuantConfig(rank=2), solver.timesteps.tolist())
+    calibrate(model, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
+    return model
+
+
 @pytest.fixture
 def unet():
     """A small UNet with random weights."""
-    torch.manual_seed(0)
-    return make_unet(TINY).eval().requires_grad_(False)
+    return _make_unet()
 
 
 @pytest.fixture
@@ -33,9 +45,15 @@ def buffer(unet, solver):
 @pytest.fixture
 def student(unet, solver, buffer):
     """A calibrated W4A4 copy of `unet`."""
-    model = quantize(unet, QuantConfig(rank=2), solver.timesteps.tolist())
-    calibrate(model, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
-    return model
+    return _make_student(unet, solver, buffer)
+
+
+@pytest.fixture(scope="session")
+def made_once():
+    """`buffer` and `student`, for tests that change neither."""
+    unet, solver = _make_unet(), Solver(SamplerConfig(num_steps=6))
+    buffer = make_trajectories(unet, solver, count=8, seed=0)
+    return SimpleNamespace(buffer=buffer, student=_make_student(unet, solver, buffer))
 
 
 @pytest.fixture

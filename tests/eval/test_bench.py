@@ -10,7 +10,8 @@ from ddpm_mnist.unet import PRETRAINED, save_teacher
 from eval import bench
 from eval.export import ExportConfig, export
 from eval.models import load_model
-from quant import QuantizedUNet, freeze, to_integer
+from quant import QuantizedUNet, freeze
+from quant.integer.core import VARIABLE, available, choose
 
 
 @pytest.fixture
@@ -20,24 +21,35 @@ def folders(unet, student, tmp_path):
     return {"teacher": str(tmp_path / "teacher"), "student": str(tmp_path / "student")}
 
 
-def test_the_benchmark_writes_a_row_per_runtime_and_batch_size(folders, tmp_path, monkeypatch, capsys):
-    """With two of the runtimes: the others take minutes to compile."""
-    monkeypatch.setattr(
-        bench, "torch_runtimes", lambda teacher, student: {
-            ("eager", "teacher"): teacher, ("integer", "student"): to_integer(student),
-        },
-    )  # fmt: skip
+@pytest.fixture
+def run_benchmark(folders, tmp_path, monkeypatch, capsys):
+    """Runs it with these arguments: what it writes, JSON and Markdown. But for what takes minutes to compile."""
+    every_runtime = bench.torch_runtimes
+
+    def quick_runtimes(*arguments):
+        return {key: run for key, run in every_runtime(*arguments).items() if "compiled" not in key[0]}
+
+    monkeypatch.setattr(bench, "torch_runtimes", quick_runtimes)
     monkeypatch.setattr(bench, "onnx_runtimes", lambda teacher, student, folder: {})
-    output = tmp_path / "bench.json"
-    arguments = ["--student", folders["student"], "--teacher", folders["teacher"], "--batch_sizes", "[1,3]"]
-    run_command("prog", bench.benchmark, bench.BenchConfig, [*arguments, "--rounds", "2", "--output", str(output)])
-    content = json.loads(output.read_text())
+
+    def run(*arguments):
+        output = tmp_path / "bench.json"
+        models = ("--student", folders["student"], "--teacher", folders["teacher"])
+        options = [*models, "--rounds", "2", "--output", str(output), *arguments]
+        run_command("prog", bench.benchmark, bench.BenchConfig, options)
+        table = output.with_suffix(".md").read_text()
+        assert table in capsys.readouterr().out
+        return json.loads(output.read_text()), table
+
+    return run
+
+
+def test_the_benchmark_writes_a_row_per_runtime_and_batch_size(run_benchmark, tmp_path):
+    content, table = run_benchmark("--batch_sizes", "[1,3]")
     rows = content["rows"]
+    runtimes = [("eager", "teacher"), ("eager-bfloat16", "teacher"), ("simulated", "student"), ("integer", "student")]
     assert [(row["runtime"], row["model"], row["batch_size"]) for row in rows] == [
-        ("eager", "teacher", 1),
-        ("integer", "student", 1),
-        ("eager", "teacher", 3),
-        ("integer", "student", 3),
+        (*runtime, batch_size) for batch_size in (1, 3) for runtime in runtimes
     ]
     for row in rows:
         assert row["images_per_second"] == pytest.approx(
@@ -45,10 +57,30 @@ def test_the_benchmark_writes_a_row_per_runtime_and_batch_size(folders, tmp_path
         )
     assert content["bytes_on_disk"]["student"] == (tmp_path / "student" / "model.safetensors").stat().st_size
     assert content["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert content["seconds_to_first_image"].keys() == {"load", "compiling", "from_cache"}
-    table = output.with_suffix(".md").read_text()
+    assert content["machine"]["isa"] == choose().isa
+    assert content["seconds_to_first_image"].keys() == {"load", "first_image"}
+    assert 0 < content["integer_step"]["share_outside_integer_products"] < 1
     assert "| integer | student |" in table
-    assert table in capsys.readouterr().out
+
+
+def test_the_benchmark_sets_every_instruction_set_of_the_processor_side_by_side(run_benchmark, monkeypatch):
+    monkeypatch.setattr(bench, "_first_image", lambda config: {})
+    content, table = run_benchmark("--batch_sizes", "[2]", "--isa", "all")
+    best, *rest = available()
+    on_integers = [row["runtime"] for row in content["rows"] if row["runtime"].startswith("integer")]
+    assert on_integers == ["integer", *(f"integer-{isa}" for isa in rest)]
+    assert content["machine"]["isa"] == best
+    assert f"integers on {best}" in table
+    assert all(f"| integer-{isa} | student |" in table for isa in rest)
+
+
+def test_the_benchmark_takes_the_instruction_set_that_is_named(run_benchmark, monkeypatch):
+    monkeypatch.setattr(bench, "_first_image", lambda config: {})
+    content, table = run_benchmark("--batch_sizes", "[1]", "--isa", "portable")
+    assert content["machine"]["isa"] == "portable"
+    assert "| integer | student |" in table
+    monkeypatch.setenv(VARIABLE, "portable")
+    assert bench.BenchConfig().isas() == ["portable"]
 
 
 def test_the_released_w4a4_student_takes_a_seventh_of_its_teachers_bytes(tmp_path):
@@ -80,6 +112,7 @@ def test_a_student_is_exported_in_its_real_bits_and_as_onnx(folders, tmp_path, c
         ("bench", ["--teacher", "{student}", "--student", "{student}"], "the teacher must be of full precision"),
         ("bench", ["--output", "bench.md"], "output must end in .json, not bench.md"),
         ("bench", ["--rounds", "0"], "rounds and num_steps must be at least 1"),
+        ("bench", ["--isa", "mmx"], 'this processor has no "mmx", only '),
     ],
 )
 def test_wrong_input_gets_one_line(command, arguments, message, folders, tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_a_score_of_another_teacher_is_refused(config_path, tmp_path, capsys):
     shutil.rmtree(tmp_path / "ladder" / "ptq")
     path = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    for name, message in (("images.pt", "was drawn with the weights"), ("metrics.json", "has weights = ")):
+    for name, message in (("images.pt", "was drawn with weights = "), ("metrics.json", "has weights = ")):
         with pytest.raises(SystemExit) as caught:
             run_command("prog", climb, LadderConfig, arguments)
         assert caught.value.code == 2

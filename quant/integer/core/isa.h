@@ -11,6 +11,7 @@
 #include <cstring>
 
 #if defined(ISA_AVX2) || defined(ISA_AVXVNNI) || defined(ISA_AVX512VNNI)
+#include <cpuid.h>
 #include <immintrin.h>
 #elif defined(ISA_NEON)
 #include <arm_neon.h>
@@ -69,8 +70,9 @@ inline int32_t four(const uint8_t* codes) {
 constexpr int32_t kCodeOffset = 0;
 
 inline bool processor_has_it() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 
 inline void store_bytes(Ints x, uint8_t* to) {
@@ -94,8 +96,9 @@ using WideDot = Dot;
 constexpr int32_t kCodeOffset = 0;
 
 inline bool processor_has_it() {
-#if defined(ISA_AVXVNNI)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
+#if defined(ISA_AVXVNNI)  // which not every compiler knows by name
+  unsigned a = 0, b, c, d;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4);
 #else
   return __builtin_cpu_supports("avx2");
 #endif

@@ -1,0 +1,34 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from quant import freeze
+from quant.integer.core import ISAS, available
+
+
+def _on(isa):
+    absent = pytest.mark.skipif(isa not in available(), reason=f"this processor has no {isa}")
+    return pytest.param(isa, marks=absent)
+
+
+@pytest.fixture(scope="session", params=map(_on, ISAS))
+def isa(request):
+    """Each instruction set in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def buffer(made_once):
+    return made_once.buffer
+
+
+@pytest.fixture(scope="session")
+def frozen(made_once):
+    """A frozen student whose adapters learned something; no test changes it."""
+    torch.manual_seed(0)
+    student = copy.deepcopy(made_once.student)
+    for _, layer in student.layers():
+        nn.init.normal_(layer.lora_b, std=0.01)
+    return freeze(student)

@@ -1,0 +1,167 @@
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+from ddpm_mnist.sampler import SamplerConfig, make_scheduler, sample
+from eval.exactness import flipped_shares
+from quant import to_integer
+from quant.integer import model as model_module
+from quant.integer.core import VARIABLE, available
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of PyTorch's threads; afterwards it is what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_sampling_on_integers_is_the_simulations(frozen, isa):
+    config, model = SamplerConfig(num_steps=6), to_integer(frozen, isa)
+    assert model.core.isa == isa
+    ours, theirs = (sample(denoiser, config, 24).float() for denoiser in (model, frozen))
+    # A float on the boundary of a code may go the other way, and what follows differs: few images may.
+    equal = (ours == theirs).flatten(1).float().mean(1)
+    assert equal.median() > 0.97
+    assert (ours - theirs).square().mean() < 0.01 * theirs.square().mean()
+
+
+def test_every_instruction_set_draws_the_same_images(frozen, isa):
+    config = SamplerConfig(num_steps=6)
+    ours, theirs = (sample(to_integer(frozen, name), config, 5) for name in (isa, "portable"))
+    assert torch.equal(ours, theirs)
+
+
+def test_from_equal_inputs_codes_differ_from_the_simulation_only_on_a_border(frozen, buffer, isa, monkeypatch):
+    """At timesteps of the tables, and between two."""
+    monkeypatch.setenv(VARIABLE, isa)
+    timesteps = frozen.clock.timesteps
+    for step, t in ((0, timesteps[0]), (3, timesteps[3]), (5, timesteps[5]), (3, timesteps[3] + 40)):
+        shares = flipped_shares(frozen, buffer.x[:, step], t)
+        assert shares.keys() == dict(frozen.layers()).keys()
+        assert max(shares.values()) < 1e-4
+
+
+def test_learned_zero_points_count_as_in_the_simulation(frozen, buffer):
+    """Those between two codes are rounded, halves to even; those outside of the range are its end."""
+    student, t = copy.deepcopy(frozen), frozen.clock.timesteps[3]
+    for number, (_, layer) in enumerate(student.layers()):
+        largest = layer.act_quantizer.qmax
+        layer.act_quantizer.zero_point.copy_(torch.tensor([-3.0, 1.5, 2.5, 4.7, largest + 2.0])[number % 5])
+    x = buffer.x[:, 3]
+    assert max(flipped_shares(student, x, t).values()) < 1e-4
+    error = (to_integer(student)(x, t).sample - student(x, t).sample).abs()
+    assert error.median() < 1e-5
+
+
+def test_a_wrong_zero_point_is_seen_as_flipped_codes(frozen, buffer, monkeypatch):
+    right = model_module.Moment
+    monkeypatch.setattr(
+        model_module, "Moment", lambda scales, zero_points, *rest: right(scales, zero_points + 1, *rest)
+    )
+    shares = flipped_shares(frozen, buffer.x[:, 3], frozen.clock.timesteps[3])
+    assert min(shares.values()) > 0.5, "in every layer, all codes but those at the end of the range"
+
+
+@pytest.mark.parametrize("t", [750, 431, 80.5, 0, 5000])
+def test_timesteps_between_and_beyond_the_tables_rows_agree_with_the_simulation(frozen, buffer, t):
+    assert t not in frozen.clock.timesteps
+    x, t = buffer.x[:, 2], torch.tensor(t)
+    with torch.no_grad():
+        expected = frozen(x, t).sample
+    error = (to_integer(frozen)(x, t).sample - expected).abs()
+    assert error.mean() < 0.1 * expected.abs().mean()
+    assert error.median() < 1e-6, "a code may fall to the other side of a border, and change what lies behind it"
+
+
+def test_an_image_depends_neither_on_its_batch_nor_on_the_threads(frozen, isa, threads):
+    model, config = to_integer(frozen, isa), SamplerConfig(num_steps=6)
+    expected = sample(model, config, 20, batch_size=64)
+    for count in (1, 2):
+        threads(count)
+        for batch_size in (1, 3, 20):
+            assert torch.equal(sample(model, config, 20, batch_size=batch_size), expected), (count, batch_size)
+
+
+def test_the_bytes_of_an_answer_depend_on_nothing_but_the_image_and_its_timestep(frozen, buffer, isa, threads):
+    """Before they are rounded to a picture."""
+    model, t = to_integer(frozen, isa), torch.tensor([999, 3, 500, 999, 3, 3.5, 640, 999])
+    x = buffer.x[:, 1]
+    together = model(x, t).sample
+    threads(1)
+    apart = torch.cat([model(x[i : i + 1], t[i]).sample for i in range(len(t))])
+    assert torch.equal(together, apart)
+    assert torch.equal(to_integer(frozen, "portable")(x, t).sample, together)
+
+
+def test_memory_may_lie_in_any_order(frozen, buffer):
+    model, x = to_integer(frozen), buffer.x[:, 1].contiguous()
+    (expected,) = model(x, 500, return_dict=False)
+    assert torch.equal(model(x.repeat(1, 2, 1, 1)[:, 1:], 500).sample, expected)
+    assert torch.equal(model(x.mT.contiguous().mT, 500).sample, expected)
+    assert torch.equal(model(x.double(), 500).sample, expected)
+    assert model(x[:0], 500).sample.shape == (0, 1, 28, 28)
+
+
+def test_threads_may_share_a_model(frozen, buffer):
+    x, timesteps = buffer.x[:1, 2], range(0, 960, 20)
+    expected = [to_integer(frozen)(x, t).sample for t in timesteps]
+    shared, interval = to_integer(frozen), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda t: shared(x, t).sample, timesteps))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(map(torch.equal, answers, expected))
+
+
+def test_few_timesteps_are_kept(frozen, buffer, monkeypatch):
+    x, t = buffer.x[:, 1], torch.arange(0, 800, 100)
+    expected = to_integer(frozen)(x, t).sample
+    monkeypatch.setattr(model_module, "MAX_STEPS", 3)
+    model = to_integer(frozen)
+    assert torch.equal(model(x, t).sample, expected)
+    assert len(model.moments) <= 3
+
+
+def test_an_image_that_is_not_finite_is_answered_with_none(frozen, buffer):
+    model, x = to_integer(frozen), buffer.x[:, 1].clone()
+    expected = model(x, 500).sample
+    x[2, 0, 27, 27], x[5, 0, 0, 3] = torch.nan, torch.inf
+    actual = model(x, 500).sample
+    assert actual[[2, 5]].isnan().all()
+    rest = [0, 1, 3, 4, 6, 7]
+    assert torch.equal(actual[rest], expected[rest])
+
+
+def test_only_a_frozen_student_runs_on_integers(student):
+    with pytest.raises(ValueError, match=r"call quant\.freeze first"):
+        to_integer(student)
+
+
+def test_an_instruction_set_that_lacks_is_refused(frozen):
+    with pytest.raises(ValueError, match=f'this processor has no "mmx", only {", ".join(available())}'):
+        to_integer(frozen, "mmx")
+
+
+def test_what_becomes_of_its_student_does_not_matter(frozen, buffer):
+    student = copy.deepcopy(frozen)
+    model = to_integer(student)
+    for _, layer in student.layers():
+        layer.bias += 1
+        layer.codes.zero_()
+        layer.act_quantizer.scale *= 2
+    assert torch.equal(model(buffer.x[:, 1], 500).sample, to_integer(frozen)(buffer.x[:, 1], 500).sample)
+
+
+def test_it_goes_into_diffusers_pipeline(frozen):
+    pipeline = DDIMPipeline(unet=to_integer(frozen), scheduler=make_scheduler(SamplerConfig("ddim", num_steps=6)))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(2, num_inference_steps=6, use_clipped_model_output=True, output_type="np").images
+    assert images.shape == (2, 28, 28, 1)

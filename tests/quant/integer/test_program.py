@@ -1,0 +1,229 @@
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from eval.exactness import flipped_shares
+from quant import QuantConfig, calibrate, freeze, quantize, to_integer
+from quant.integer.program import IntegerLayer, Layers, Program, filled, follow_unet
+from quant.layers import QuantConv2d, QuantLinear
+from quant.quantizers import Clock
+
+
+def make_unet(size, *down, up=None, **options):
+    """A UNet of three channels with blocks of these types."""
+    torch.manual_seed(0)
+    up = up or [kind.replace("Down", "Up") for kind in reversed(down)]
+    defaults = {"norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
+    return UNet2DModel(size, 3, 3, down_block_types=down, up_block_types=up, **defaults | options).eval()
+
+
+def make_frozen(unet, config=None, x=None):
+    """A frozen student; calibrated on x at timestep 700, if x is given."""
+    student = quantize(unet, config or QuantConfig(), [700])
+    for _, layer in student.layers():
+        nn.init.constant_(layer.act_quantizer.scale, 0.1)
+    if x is not None:
+        calibrate(student, {700: x})
+    return freeze(student)
+
+
+UNETS = [
+    ({"block_out_channels": (8, 16, 24), "layers_per_block": 2, "attention_head_dim": 4}, (16, 16)),
+    ({"block_out_channels": (20, 20), "norm_num_groups": 5, "attention_head_dim": 10}, (12, 20)),
+    ({"block_out_channels": (8, 8), "mid_block_type": None, "norm_num_groups": 2}, (8, 8)),
+    ({"block_out_channels": (8, 24), "add_attention": False, "flip_sin_to_cos": False, "freq_shift": 1}, (8, 8)),
+    ({"block_out_channels": (9, 15), "norm_num_groups": 3, "attention_head_dim": 3, "norm_eps": 0.01}, (6, 12)),
+    ({"block_out_channels": (8, 16), "downsample_padding": 0}, (16, 12)),
+    ({"block_out_channels": (8, 12), "attention_head_dim": 12}, (6, 8)),
+]
+
+
+@pytest.fixture(params=[True, False], ids=["split skips", "whole skips"])
+def followed(options, size, request):
+    """A frozen student at 8 bits of a UNet, and images."""
+    depth = len(options["block_out_channels"])
+    unet = make_unet(size, *["DownBlock2D"] * (depth - 1), "AttnDownBlock2D", **options)
+    x = torch.randn(4, 3, *size)
+    return make_frozen(unet, QuantConfig(8, 8, split_skips=request.param), x), x
+
+
+@pytest.mark.parametrize(("options", "size"), UNETS)
+def test_other_unets_are_followed_by_their_structure(followed):
+    frozen, x = followed
+    with torch.no_grad():
+        expected = frozen(x, 700).sample
+    actual = to_integer(frozen)(x, 700).sample
+    assert (actual - expected).square().mean().sqrt() < 3e-2 * expected.square().mean().sqrt()
+
+
+WRONG_IN_EXACTNESS = {
+    5: "what the simulation filled up below and to the right is taken for the image",
+    6: "12 channels of 12 tokens are taken for 12 tokens of 12 channels",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        pytest.param(*unet, marks=[pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
+        for unet, reason in zip(UNETS, map(WRONG_IN_EXACTNESS.get, range(len(UNETS))), strict=True)
+    ],
+)
+def test_every_layer_of_other_unets_makes_the_simulations_codes(followed):
+    frozen, x = followed
+    shares = flipped_shares(frozen, x, 700)
+    assert shares.keys() == dict(frozen.layers()).keys()
+    assert np.mean([*shares.values()]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"flip_sin_to_cos": False}, {"freq_shift": 1}, {"block_out_channels": (9, 15)}]
+)
+def test_the_time_embedding_is_followed(options):
+    defaults = {"block_out_channels": (8, 24), "norm_num_groups": 1}
+    unet = make_unet(8, "DownBlock2D", "DownBlock2D", **defaults | options)
+    student = make_frozen(unet, QuantConfig(8, 8), torch.randn(2, 3, 8, 8))
+    model = to_integer(student)
+    for t in map(torch.tensor, (0, 3, 431.25, 999)):
+        added = {}
+        for name, module in student.unet.named_modules():
+            if name.endswith("time_emb_proj"):
+                keep = partial(added.__setitem__, name.replace("time_emb_proj", "conv1"))
+                module.register_forward_hook(lambda _, inputs, output, keep=keep: keep(output[0]))
+        with torch.no_grad():
+            student(torch.zeros(1, 3, 8, 8), t)
+        moment = model._moment(t.item())
+        assert len(added) == 8
+        for layer in model.layers.values():
+            actual = torch.from_numpy(moment.offsets[layer.channels] - layer.bias)
+            expected = added.get(layer.name, torch.zeros(layer.out_channels))
+            assert (actual - expected).abs().max() < 0.02 * max(added[name].abs().max() for name in added), layer.name
+
+
+def spans(program, states):
+    """From where to where each of `states` lies in memory, in order."""
+    sizes = [filled(channels) * height * width for channels, height, width in program.shapes]
+    return sorted((program.offsets[state], program.offsets[state] + sizes[state]) for state in states)
+
+
+def check_places(program, results):
+    """Of every line the states that it or a later one needs, or that a result is, lie apart, and inside the memory."""
+    for at, line in enumerate(program.lines):
+        made = {0, *(earlier.target for earlier in program.lines[: at + 1])}
+        later = {state for rest in program.lines[at:] for state in (rest.source, rest.skip, rest.residual)}
+        places = spans(program, made & (later | {*results, line.target}))
+        assert all(left[1] <= right[0] for left, right in itertools.pairwise(places))
+        assert places[-1][1] <= program.memory
+
+
+def test_states_that_are_needed_at_once_do_not_overlap(frozen):
+    model = to_integer(frozen)
+    program = follow_unet(model.student.unet, model.layers, 28, 28)
+    last = program.lines[-1].target
+    check_places(program, [last])
+    check_places(model.time_program, model._added.values())
+    reused = program.memory
+    everything = range(len(program.shapes))
+    check_places(program.place([*everything]), everything)
+    assert program.memory >= sum(end - start for start, end in spans(program, everything)) > 4 * reused
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "message"),
+    [
+        (2, (28, 28), "the sample must have 1 channels, not 2"),
+        (1, (27, 27), r"a skip of \(27, 27\) pixels meets \(28, 28\)"),
+        (1, (1, 1), r"a skip of \(1, 1\) pixels meets \(2, 2\)"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(frozen, channels, size, message):
+    with pytest.raises(ValueError, match=message):
+        to_integer(frozen)(torch.randn(1, channels, *size), 999)
+
+
+def make_conv(inside, outside, **options):
+    layer = QuantConv2d(nn.Conv2d(inside, outside, **options), 8, 8, 1, Clock([0]))
+    layer.freeze()
+    layer.codes.random_(-128, 128)
+    return layer
+
+
+def test_an_image_smaller_than_a_kernel_is_refused():
+    conv = make_conv(1, 1, kernel_size=3)
+    with pytest.raises(ValueError, match=r"last: images of \(1, 2, 9\) are too small or do not divide"):
+        Program(Layers([("last", conv)], []), (1, 2, 9)).emit(conv, 0)
+
+
+@pytest.mark.parametrize("outside", [1, 16, 37])
+@pytest.mark.parametrize("inside", [1, 4, 18])
+def test_weights_are_packed_as_the_core_reads_them(inside, outside):
+    layer = make_conv(inside, outside, kernel_size=(3, 2))
+    packed = IntegerLayer(0, "", layer, 0, 0)
+    assert packed.weight.shape == (filled(outside) // 16, 3, 2, (inside + 3) // 4, 16, 4)
+    assert packed.weight.flags.c_contiguous
+    for o, c, y, x in np.ndindex(*layer.codes.shape):
+        assert packed.weight[o // 16, y, x, c // 4, o % 16, c % 4] == layer.codes[o, c, y, x]
+    assert np.count_nonzero(packed.weight) == layer.codes.count_nonzero(), "the rest is zero"
+    assert packed.weight_sum.tolist() == layer.codes.int().sum((1, 2, 3)).tolist()
+
+
+def test_a_linear_layer_is_a_convolution_of_one_pixel():
+    layer = QuantLinear(nn.Linear(5, 3), 4, 4, 1, Clock([0]))
+    layer.freeze()
+    packed = IntegerLayer(0, "", layer, 0, 0)
+    assert packed.weight.shape == (1, 1, 1, 2, 16, 4)
+    assert (packed.weight[0, 0, 0, 1, :3, 0] == layer.codes[:, 4].numpy()).all()
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 7), (5, 12)])
+@pytest.mark.parametrize("pad_end", [0, 1])
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 3, "padding": 1, "stride": 2}, {"kernel_size": (2, 5), "dilation": (3, 1)}]
+)
+def test_the_size_of_an_output_is_torchs(options, size, pad_end):
+    layer = make_conv(1, 1, **options)
+    padded = nn.functional.pad(torch.zeros(1, 1, *size), (0, pad_end, 0, pad_end))
+    expected = nn.functional.conv2d(padded, layer.codes.float(), None, *layer.geometry).shape[2:]
+    assert IntegerLayer(0, "", layer, pad_end, 0).output_size(*size) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resnet_time_scale_shift": "scale_shift"}, 'time_embedding_norm "scale_shift" is not supported'),
+        ({"center_input_sample": True}, "unet: center_input_sample is not supported"),
+        ({"time_embedding_type": "fourier"}, 'unet: time_embedding_type "fourier" is not supported'),
+        ({"time_embedding_type": "learned", "num_train_timesteps": 9}, "time_proj: a Embedding is not supported"),
+        ({"num_class_embeds": 3}, "unet: class conditioning is not supported"),
+        ({"act_fn": "gelu"}, r"down_blocks\.0\.resnets\.0: a GELU is not supported"),
+        ({"mid_block_scale_factor": 2.0}, "mid_block.* 2.0 is not supported"),
+        ({"downsample_type": "resnet", "down": "AttnDownBlock2D"}, "resampling inside a residual block is not support"),
+        ({"upsample_type": "resnet", "up": ["AttnUpBlock2D"] * 2}, "resampling inside a residual block is not support"),
+        ({"down": "SkipDownBlock2D"}, r"down_blocks\.0: a SkipDownBlock2D is not supported"),
+        ({"up": ["SkipUpBlock2D"] * 2}, r"up_blocks\.0: a SkipUpBlock2D is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(options, message):
+    options = {"down": "DownBlock2D", "up": ["UpBlock2D"] * 2, **options}
+    unet = make_unet(16, *[options.pop("down")] * 2, block_out_channels=(16, 16), **options)
+    with pytest.raises(ValueError, match=message):
+        to_integer(make_frozen(unet))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 2, "padding": 1}, r"down_blocks\.0\.resnets\.0\.conv1: 2 groups are not supported on integers"),
+        ({"padding": "same"}, r'down_blocks\.0\.resnets\.0\.conv1: padding "same" is not supported on integers'),
+    ],
+)
+def test_convolutions_of_other_kinds_are_refused_by_name(options, message):
+    unet = make_unet(16, "DownBlock2D", "DownBlock2D", block_out_channels=(16, 16))
+    unet.down_blocks[0].resnets[0].conv1 = nn.Conv2d(16, 16, 3, **options)
+    with pytest.raises(ValueError, match=message):
+        to_integer(make_frozen(unet))
