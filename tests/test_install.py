@@ -47,7 +47,8 @@ def test_without_a_compiler_the_install_goes_through_and_says_what_is_missing(in
     python = install("/bin/false")
     told = python("-m", "quant.integer").stdout
     assert "not built, for lack of a C++ compiler. Students run simulated in float" in told
-    sample = ("target/bin/efficientdm", "sample", "--model", "w4a4", "--num_images", "1", "--num_steps", "2", "--output", "one.npy")
+    options = ("--model", "w4a4", "--num_images", "1", "--num_steps", "2", "--output", "one.npy")
+    sample = ("target/bin/efficientdm", "sample", *options)
     refused = python(*sample)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
