@@ -102,6 +102,8 @@ def benchmark(config: BenchConfig) -> list[Row]:
     prepare_output(config.output)
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        # PyTorch's own cache does not tell apart what was compiled under other limits on the instruction set.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")
         runtimes = {**torch_runtimes(teacher, student, config.isas()), **onnx_runtimes(teacher, student, Path(folder))}
         for batch_size in config.batch_sizes:
             rows += _time(runtimes, batch_size, config)
