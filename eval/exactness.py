@@ -105,23 +105,22 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: int) -> dict[str, float
         for line in program.lines:
             name, (_, height, width) = names[line.layer], program.shapes[line.source]
             made_by[line.target] = name
+            height, width = height * line.factor, width * line.factor
             if line.norm >= 0:
-                source = entering[f"norm {line.norm}"]
-            elif line.kind == core.QUANTIZE:
-                source = entering[name]
+                source = entering[f"norm {line.norm}"].reshape(len(x), -1, height, width)
             else:
-                source = leaving[made_by[line.source]]
-            source = _as_image(source, height * line.factor, width * line.factor)
-            theirs = _as_image(coded[name], height * line.factor, width * line.factor)
+                kept = entering[name] if line.kind == core.QUANTIZE else leaving[made_by[line.source]]
+                source = _as_image(kept, height, width)
+            theirs = _as_image(coded[name], height, width)
             shares[name] = (line_codes(integer, line, moment, source) != theirs).float().mean().item()
     return shares
 
 
 def _as_image(x: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (N, H·W, C) or features (N, C) → (N, C, H, W); the pixels of a normalisation's input find their place."""
-    if x.dim() == 3 and x.shape[1] == height * width:
-        return rearrange(x, "n (h w) c -> n c h w", h=height)
-    return x.reshape(len(x), -1, height, width)
+    """Features (N, C), tokens (N, H·W, C), or an image that was filled up below and to the right → (N, C, H, W)."""
+    if x.dim() == 2:
+        return x[:, :, None, None]
+    return rearrange(x, "n (h w) c -> n c h w", h=height) if x.dim() == 3 else x[..., :height, :width]
 
 
 def report(config: ExactnessConfig) -> dict[str, float]:

@@ -61,19 +61,7 @@ def test_other_unets_are_followed_by_their_structure(followed):
     assert (actual - expected).square().mean().sqrt() < 3e-2 * expected.square().mean().sqrt()
 
 
-WRONG_IN_EXACTNESS = {
-    5: "what the simulation filled up below and to the right is taken for the image",
-    6: "12 channels of 12 tokens are taken for 12 tokens of 12 channels",
-}
-
-
-@pytest.mark.parametrize(
-    ("options", "size"),
-    [
-        pytest.param(*unet, marks=[pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
-        for unet, reason in zip(UNETS, map(WRONG_IN_EXACTNESS.get, range(len(UNETS))), strict=True)
-    ],
-)
+@pytest.mark.parametrize(("options", "size"), UNETS)
 def test_every_layer_of_other_unets_makes_the_simulations_codes(followed):
     frozen, x = followed
     shares = flipped_shares(frozen, x, 700)
