@@ -19,6 +19,15 @@ def isa(request):
     return request.param
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """PyTorch's own work is too small here for two, which wait for each other where the processor has more to do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def buffer(made_once):
     return made_once.buffer

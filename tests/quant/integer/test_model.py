@@ -92,6 +92,7 @@ def test_the_bytes_of_an_answer_depend_on_nothing_but_the_image_and_its_timestep
     """Before they are rounded to a picture."""
     model, t = to_integer(frozen, isa), torch.tensor([999, 3, 500, 999, 3, 3.5, 640, 999])
     x = buffer.x[:, 1]
+    threads(2)
     together = model(x, t).sample
     threads(1)
     apart = torch.cat([model(x[i : i + 1], t[i]).sample for i in range(len(t))])
