@@ -139,12 +139,13 @@ def choose(isa: str | None = None) -> Core:
             "the integer core was not built, for lack of a C++ compiler at installation: "
             'install one and the package again, or take the runtime "simulated", several times slower'
         )
-    isa = isa or os.environ.get(VARIABLE)
-    if not isa:
+    asked = isa or os.environ.get(VARIABLE)
+    if not asked:
         return next(iter(cores.values()))
-    if isa not in cores:
-        raise ValueError(f'{VARIABLE}: this processor has no "{isa}", only {", ".join(cores)}')
-    return cores[isa]
+    if asked not in cores:
+        place = "" if isa else f"{VARIABLE}: "
+        raise ValueError(f'{place}this processor has no "{asked}", only {", ".join(cores)}')
+    return cores[asked]
 
 
 @cache

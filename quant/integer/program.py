@@ -154,7 +154,10 @@ class Program:
     ) -> int:  # fmt: skip
         """Append a line; the number of its target."""
         integer, target = self._layers[layer], len(self.shapes)
-        _, height, width = self.shapes[source]
+        channels, height, width = self.shapes[source]
+        channels = channels // (3 if kind == ATTENTION else 1) + (self.shapes[skip][0] if skip >= 0 else 0)
+        if channels != integer.in_channels:
+            raise ValueError(f"{integer.name}: {channels} channels meet a layer of {integer.in_channels}")
         if skip >= 0 and self.shapes[skip][1:] != (height, width):
             raise ValueError(f"{integer.name}: a skip of {self.shapes[skip][1:]} pixels meets {(height, width)}")
         number = -1 if norm is None else self._layers.norms[norm]

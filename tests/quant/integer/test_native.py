@@ -161,15 +161,6 @@ def expected(network, images):
     return [hashlib.sha256(b"".join(pair)).hexdigest() for pair in arrays]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from threads, which on a busy processor wait long for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     """The driver under sanitizers, for each instruction set of this processor."""
