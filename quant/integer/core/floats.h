@@ -152,19 +152,18 @@ inline float sum_of_lanes(Pair<Half> x) {
 constexpr float kRound = 12582912.0f;  // 1.5 · 2^23
 
 // e^−x for x in [−87, 87], beyond which it stays: 2^n · e^r with |r| ≤ ln2 / 2, and the polynomial of Cephes for e^r.
-template <class Vector>
-inline Vector exp_of_negative(Vector x) {
-  x = min(max(x, all<Vector>(-87.0f)), all<Vector>(87.0f));
-  const Vector power = x * all<Vector>(-1.44269504f) + all<Vector>(kRound);
-  const Vector n = power - all<Vector>(kRound);
-  const Vector minus_r = (x + n * all<Vector>(0.693359375f)) + n * all<Vector>(-2.12194440e-4f);
-  const Vector rr = minus_r * minus_r;
+inline Floats exp_of_negative(Floats x) {
+  x = min(max(x, all(-87.0f)), all(87.0f));
+  const Floats power = x * all(-1.44269504f) + all(kRound);
+  const Floats n = power - all(kRound);
+  const Floats minus_r = (x + n * all(0.693359375f)) + n * all(-2.12194440e-4f);
+  const Floats rr = minus_r * minus_r;
   // By Estrin's scheme: pairs first, for a shorter chain of operations that wait for one another.
-  const Vector highest = all<Vector>(1.3981999507e-3f) - minus_r * all<Vector>(1.9875691500e-4f);
-  const Vector middle = all<Vector>(4.1665795894e-2f) - minus_r * all<Vector>(8.3334519073e-3f);
-  const Vector lowest = all<Vector>(5.0000001201e-1f) - minus_r * all<Vector>(1.6666665459e-1f);
-  const Vector p = (highest * rr + middle) * rr + lowest;
-  return scale(p * rr - minus_r + all<Vector>(1.0f), power);
+  const Floats highest = all(1.3981999507e-3f) - minus_r * all(1.9875691500e-4f);
+  const Floats middle = all(4.1665795894e-2f) - minus_r * all(8.3334519073e-3f);
+  const Floats lowest = all(5.0000001201e-1f) - minus_r * all(1.6666665459e-1f);
+  const Floats p = (highest * rr + middle) * rr + lowest;
+  return scale(p * rr - minus_r + all(1.0f), power);
 }
 
 }  // namespace
