@@ -3,7 +3,9 @@
 Each is optional. Without a C++ compiler the installation goes through without them.
 """
 
+import hashlib
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -16,8 +18,11 @@ X86 = {
 ARM = {"neon": ["-march=armv8.2-a+dotprod"]}
 FLAGS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 
-# Nothing is fused, so that every processor rounds alike.
-COMMON = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+# Nothing is fused, so that every processor rounds alike, whatever CFLAGS say.
+COMMON = ["-std=c++17", "-O3", "-fno-fast-math", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+
+CORE = sorted(Path(__file__).parent.glob("quant/integer/core/*"))
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in CORE)).hexdigest()
 
 
 class BuildCore(build_ext):
@@ -30,8 +35,8 @@ setup(
         Extension(
             f"quant.integer._core_{isa}",
             sources=["quant/integer/core/core.cpp"],
-            depends=[f"quant/integer/core/{name}.h" for name in ("isa", "floats", "codes", "convolution", "program")],
-            define_macros=[(f"ISA_{isa.upper()}", None)],
+            depends=list(map(str, CORE)),
+            define_macros=[(f"ISA_{isa.upper()}", None), ("SOURCES", f'"{SOURCES}"')],
             extra_compile_args=[*COMMON, *flags],
             language="c++",
             optional=True,

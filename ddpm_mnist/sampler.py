@@ -1,5 +1,6 @@
-"""One seeded sampler for teacher and student: diffusers' solvers, every step of them written as four numbers."""
+"""One seeded sampler for teacher and student: diffusers' solvers, every step of them written as a few numbers."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,14 +12,25 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm_mnist.noise import Array, draw_noise, image_generators, log
-from ddpm_mnist.unet import make_ddim_scheduler
+from ddpm_mnist import InputError
+from ddpm_mnist.exact import Array, log
+from ddpm_mnist.noise import draw_noise, image_generators
+from ddpm_mnist.schedule import Schedule, house_schedule
 
 # Seeds of images lie in 0…2^31 - 1; as many more, from there on, belong to training.
 SEED_LIMIT = 1 << 31
 
-# A denoiser is called as `eps = denoiser(x_t, t).sample`: x_t float (N, 1, 28, 28), t long (N,).
-Denoiser = Callable[[Tensor, Tensor], Any]
+# DPM-Solver++ (2M): what else diffusers' scheduler of that name can be is refused.
+DPM_OPTIONS = {
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "lambda_min_clipped": -float("inf"),
+}
+
+# A denoiser is called as `denoiser(x_t, t, class_labels).sample`: x_t float (N, C, H, W), t long (N,), class_labels
+# long (N,) or None. It has a `config` as UNet2DModel's.
+Denoiser = Callable[..., Any]
 
 
 @dataclass
@@ -26,75 +38,139 @@ class SamplerConfig:
     solver: str = "dpm++"
     """"ddim": DDIM with the clipped model output. "dpm++": DPM-Solver++ (2M) with clipped x0."""
     num_steps: int = 20
-    """Denoising steps, spaced over the 1000 training timesteps from the last one down ("trailing")."""
+    """Denoising steps, at most the training timesteps of the model's schedule, and spaced as its scheduler says."""
     eta: float = 0.0
     """DDIM's η (arXiv 2010.02502, eq. 16): 0 is deterministic, 1 adds as much noise as DDPM. "ddim" only."""
+    labels: tuple[int, ...] = ()
+    """Of a class-conditional model: the classes in turn, image i gets that of number seed + i. Empty: all of them."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance (arXiv 2207.12598): null + scale · (class − null). 1: none. Needs null_class."""
+    null_class: int | None = None
+    """The class that stands for none, if the model was trained with one. It is not drawn unless `labels` names it."""
 
     def __post_init__(self) -> None:
         if self.solver not in ("ddim", "dpm++"):
             raise ValueError(f'solver must be "ddim" or "dpm++", not "{self.solver}"')
-        if not 1 <= self.num_steps <= 1000:
-            raise ValueError(f"num_steps must lie in 1…1000, not {self.num_steps}")
-        if len(np.arange(1000, 0, -1000 / self.num_steps).round()) != self.num_steps:
-            # Some numbers, 61 the first of them, miss their own count in diffusers' "trailing" spacing.
-            raise ValueError(f"num_steps {self.num_steps} cannot be spaced over 1000 timesteps; a neighbour can")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, not {self.num_steps}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {self.eta}")
         if self.eta and self.solver != "ddim":
             raise ValueError('eta is DDIM\'s: with solver "dpm++" it must be 0')
+        if self.guidance_scale != 1 and self.null_class is None:
+            raise ValueError("guidance_scale needs null_class, the class that stands for none")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale must be a number of at least 0, not {self.guidance_scale}")
 
 
-def make_scheduler(config: SamplerConfig) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    """The diffusers scheduler that `config` names, over the teacher's noise schedule, its timesteps set."""
-    if config.solver == "ddim":
-        scheduler = make_ddim_scheduler()
-    else:
-        scheduler = DPMSolverMultistepScheduler(
-            beta_schedule="linear",
-            timestep_spacing="trailing",
-            final_sigmas_type="zero",
-            thresholding=True,  # with these three: x0 clipped to [-1, 1]
-            dynamic_thresholding_ratio=1.0,
-            sample_max_value=1.0,
-        )
-    scheduler.set_timesteps(config.num_steps)
+def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler | DPMSolverMultistepScheduler:
+    """The diffusers scheduler that `config` names, over `schedule`, its timesteps set.
+
+    Raises:
+        InputError: it cannot do what the schedule's own scheduler says, or not in so many steps.
+    """
+    kind: Any = DDIMScheduler if config.solver == "ddim" else DPMSolverMultistepScheduler
+    fields = {key: schedule.fields[key] for key in inspect.signature(kind).parameters if key in schedule.fields}
+    clip_range = schedule.clip_range(config.solver)
+    if config.solver == "dpm++":
+        if clip_range not in (None, 1.0):
+            raise InputError(f'solver "dpm++" clips x0 at 1 or not at all, not at {clip_range}; "ddim" does')
+        # With these three x0 is clipped to [-1, 1]: diffusers' DPM-Solver++ has no other way to say it.
+        fields |= {"thresholding": clip_range == 1, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+    try:
+        scheduler = kind(**fields)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(f"its scheduler is of no use: {error}") from error
+    for name, value in DPM_OPTIONS.items():
+        if scheduler.config.get(name, value) != value:
+            now = scheduler.config[name]
+            raise InputError(f'its scheduler has {name} = {now}, which "dpm++" does not support, only {value}')
+    total = schedule.num_train_timesteps
+    try:
+        scheduler.set_timesteps(config.num_steps)
+        timesteps = scheduler.timesteps.tolist()
+    except (ValueError, ZeroDivisionError):
+        timesteps = []
+    if len(set(timesteps)) != config.num_steps or not 0 <= timesteps[-1] <= timesteps[0] < total:
+        # Some numbers, 61 of 1000 the first of them, miss their own count in diffusers' "trailing" spacing.
+        spacing = scheduler.config.timestep_spacing
+        raise InputError(f'num_steps {config.num_steps} cannot be spaced over {total} timesteps, "{spacing}"')
     return scheduler
 
 
 class Solver:
     """A linear solver: every step is x' = a·x + b·x0 + c·x0_prev + s·z.
 
-    x0 = clip((x − σ_t·ε) / α_t) to [-1, 1] is what the denoiser's ε implies, x0_prev the same of the step
-    before, z fresh noise. DDIM (with the clipped model output, at any η) and DPM-Solver++ (2M) are of this
-    form, and samples of one batch may stand at different steps, which no scheduler of diffusers allows.
+    x0 = (u·x − v·y) / w, clipped as the schedule says, is what the denoiser's answer y implies: (x − σ_t·ε) / α_t for
+    an ε. x0_prev is the same of the step before, z fresh noise. DDIM (with the clipped model output, at any η) and
+    DPM-Solver++ (2M) are of this form, and samples of one batch may stand at different steps, which no scheduler of
+    diffusers allows.
 
-    The numbers are worked out in float64 from + − × ÷ and √ alone, then rounded: the same bytes on every processor,
-    which those of diffusers, float32 by vectorised functions, are not. The steps keep to one operation at a time for
-    the same reason: what fuses a product with a sum (addcmul, lerp) rounds once on one processor, twice on another.
+    The numbers are worked out in float64 by exact operations, then rounded: the same bytes on every processor, which
+    those of diffusers, float32 by vectorised functions, are not. The steps keep to one operation at a time for the same
+    reason: what fuses a product with a sum (addcmul, lerp) rounds once on one processor, twice on another.
 
     Attributes:
+        config, schedule: what it was made from; by default the house's schedule.
         timesteps: long (T,), the training timestep of each step, falling.
         coefficients: float (T, 4), the rows (a, b, c, s).
         is_stochastic: whether any step adds noise.
+
+    Raises:
+        InputError: diffusers' solver cannot do what the schedule says.
     """
 
-    def __init__(self, config: SamplerConfig):
-        self.timesteps: Tensor = make_scheduler(config).timesteps.clone()
+    def __init__(self, config: SamplerConfig, schedule: Schedule | None = None):
+        self.config = config
+        self.schedule = schedule or house_schedule()
+        scheduler = make_scheduler(config, self.schedule)
+        self.timesteps: Tensor = scheduler.timesteps.clone()
         t = self.timesteps.numpy()
-        alphas_cumprod = _make_alphas_cumprod()
-        self._alpha = _to_tensor(np.sqrt(alphas_cumprod[t]))
-        self._sigma = _to_tensor(np.sqrt(1 - alphas_cumprod[t]))
-        self.coefficients = _to_tensor(_make_coefficients(config, t, alphas_cumprod))
+        alphas_cumprod = self.schedule.alphas_cumprod.copy()
+        if config.solver == "dpm++" and self.schedule.fields.get("rescale_betas_zero_snr"):
+            alphas_cumprod[-1] = 2.0**-24  # as in diffusers: λ must be finite
+        if self.schedule.prediction_type == "epsilon" and not alphas_cumprod[t].all():
+            raise InputError(f"at timestep {t[0]} no signal is left, and ε says nothing of x0: v_prediction does")
+        alpha, sigma = np.sqrt(alphas_cumprod[t]), np.sqrt(1 - alphas_cumprod[t])
+        one, zero = np.ones_like(alpha), np.zeros_like(alpha)
+        rows = {"epsilon": (one, sigma, alpha), "v_prediction": (alpha, sigma, one), "sample": (zero, -one, one)}
+        self._to_x0 = _to_tensor(np.stack(rows[self.schedule.prediction_type], axis=1))
+        self._clip_range = self.schedule.clip_range(config.solver)
+        self._alpha, self._sigma = _to_tensor(alpha), _to_tensor(sigma)
+        self.coefficients = _to_tensor(_make_coefficients(config, scheduler.config, t, alphas_cumprod))
         self.is_stochastic = bool(self.coefficients[:, 3].any())
 
-    def predict_x0(self, step: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-        """The clipped x0 of `eps` at `step` long (N,); x and eps float (N, C, H, W)."""
-        alpha, sigma = (_per_sample(table, step, x) for table in (self._alpha, self._sigma))
-        return ((x - sigma * eps) / alpha).clamp(-1, 1)
+    def ask(self, denoiser: Denoiser, step: Tensor, x: Tensor, labels: Tensor | None) -> Tensor:
+        """The denoiser's answer to x float (N, C, H, W) at `step` long (N,), guided as the config says.
+
+        Args:
+            labels: long (N,), the classes; None for a model without.
+        """
+        t, scale = self.timesteps.to(x.device)[step], self.config.guidance_scale
+        if labels is None:
+            return denoiser(x, t).sample
+        if scale == 1:
+            return denoiser(x, t, labels).sample
+        null = torch.full_like(labels, self.config.null_class)  # type: ignore[arg-type]
+        both = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null])).sample
+        conditional, unconditional = both.chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    def predict_x0(self, step: Tensor, x: Tensor, answer: Tensor) -> Tensor:
+        """The clipped x0 of the denoiser's `answer` at `step` long (N,); x and answer float (N, C, H, W)."""
+        u, v, w = (_per_sample(column, step, x) for column in self._to_x0.T)
+        x0 = (u * x - v * answer) / w
+        return x0 if self._clip_range is None else x0.clamp(-self._clip_range, self._clip_range)
 
     def add_noise(self, step: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         """The state of `x0` at `step` long (N,) under the noise `eps`; x0 and eps float (N, C, H, W)."""
         return _per_sample(self._alpha, step, x0) * x0 + _per_sample(self._sigma, step, x0) * eps
+
+    def target(self, step: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        """What a perfect denoiser answers to that state."""
+        alpha, sigma = (_per_sample(table, step, x0) for table in (self._alpha, self._sigma))
+        answers = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}
+        return answers[self.schedule.prediction_type]
 
     def advance(self, step: Tensor, x: Tensor, x0: Tensor, x0_prev: Tensor, z: Tensor | None = None) -> Tensor:
         """The state after `step` long (N,); at step 0 the value of `x0_prev` does not count."""
@@ -111,32 +187,36 @@ def _to_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
-def _make_alphas_cumprod() -> Array:
-    """ᾱ_t of DDPM (arXiv 2006.11239, section 4), t = 0 … 999, then the image's own, 1, at t = -1; float64 (1001,)."""
-    betas = 1e-4 + (0.02 - 1e-4) * np.arange(1000) / 999
-    return np.append(np.multiply.accumulate(1 - betas), 1.0)  # one factor after the other
-
-
-def _make_coefficients(config: SamplerConfig, t: NDArray[np.int64], alphas_cumprod: Array) -> Array:
+def _make_coefficients(config: SamplerConfig, options: Any, t: NDArray[np.int64], alphas_cumprod: Array) -> Array:
     """The rows (a, b, c, s) of the steps from the timesteps `t`, float64 (T, 4).
 
     DDIM (arXiv 2010.02502, eq. 12 and 16) with the ε that the clipped x0 implies, (x - α·x0) / σ. DPM-Solver++ (2M)
     (arXiv 2211.01095, algorithm 2) is the same step at η = 0, but for an x0 that is extrapolated from the step before
-    in λ = ln(α/σ). The first step has none before it; the last has no λ to go to, as no noise is left.
+    in λ = ln(α/σ). The first step has none before it; the last none either, if no noise is left or steps are few.
+
+    Args:
+        options: the config of diffusers' scheduler.
     """
+    ddim = config.solver == "ddim"
+    ends_clean = options.set_alpha_to_one if ddim else options.final_sigmas_type == "zero"
+    # At timestep -1 stands what is left in the end: the image, or as much noise as at timestep 0.
+    alphas_cumprod = np.append(alphas_cumprod, 1.0 if ends_clean else alphas_cumprod[0])
     t_next = np.append(t[1:], -1)
-    if config.solver == "ddim":
-        # diffusers goes down by the whole part of 1000 / T, though the next timestep may lie one further.
-        t_next = np.maximum(t - 1000 // config.num_steps, -1)
+    if ddim:
+        # diffusers goes down by the whole part of a step's length, though the next timestep may lie one further.
+        t_next = np.maximum(t - options.num_train_timesteps // config.num_steps, -1)
     now, after = alphas_cumprod[t], alphas_cumprod[t_next]
     alpha, sigma = np.sqrt(now), np.sqrt(1 - now)
-    s = config.eta * np.sqrt((1 - after) / (1 - now) * (1 - now / after))
+    s = np.sqrt((1 - after) / (1 - now) * (1 - now / after)) * config.eta if config.eta else np.zeros_like(now)
     a = np.sqrt(1 - after - s * s) / sigma
     b = np.sqrt(after) - a * alpha
     c = np.zeros_like(b)
-    if config.solver == "dpm++":
-        h = np.diff(log(alpha / sigma))
-        c[1:-1] = -b[1:-1] * h[1:] / (2 * h[:-1])
+    if not ddim:
+        few = options.lower_order_final and len(t) < 15  # diffusers' own number
+        count = len(t) - 1 if ends_clean or few or options.euler_at_final else len(t)
+        ends = after[:count]
+        h = np.diff(log(np.sqrt(np.append(now[0], ends) / (1 - np.append(now[0], ends)))))
+        c[1:count] = -b[1:count] * h[1:] / (2 * h[:-1])
     return np.stack([a, b - c, c, s], axis=1)
 
 
@@ -145,23 +225,65 @@ class Step(NamedTuple):
 
     number: int
     x: Tensor
-    eps: Tensor
+    answer: Tensor
     x_next: Tensor
+
+
+def image_shape(denoiser: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images of a model with a config of UNet2DModel's kind.
+
+    Raises:
+        InputError: its config names no size, or other channels go in than come out.
+    """
+    config = denoiser.config
+    size, channels = config.sample_size, config.in_channels
+    if size is None:
+        raise InputError("its config has no sample_size: the height and width of the images must stand there")
+    if channels != config.out_channels:
+        raise InputError(
+            f"it answers {config.out_channels} channels to {channels}: a learned variance is not supported"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return channels, height, width
+
+
+def choose_labels(denoiser: Any, config: SamplerConfig, seeds: range) -> Tensor | None:
+    """The classes of the images of `seeds`, long (N,), by the images' own seeds; None for a model without.
+
+    Raises:
+        InputError: the config's labels are not the model's.
+    """
+    kind, count = (denoiser.config.get(name) for name in ("class_embed_type", "num_class_embeds"))
+    if kind not in (None, "timestep"):
+        raise InputError(f'class_embed_type "{kind}" is not supported here, only num_class_embeds and "timestep"')
+    if kind is None and count is None:
+        if config.labels or config.null_class is not None:
+            raise InputError("it has no classes: labels and null_class must be left out")
+        return None
+    if kind == "timestep":
+        if not config.labels:
+            raise InputError("its classes have no number (class_embed_type): labels must name those to draw")
+    elif not all(0 <= label < count for label in (*config.labels, config.null_class or 0)):
+        raise InputError(f"it has the classes 0…{count - 1}: labels and null_class must lie there")
+    classes = config.labels or [label for label in range(count) if label != config.null_class]
+    return torch.tensor([classes[seed % len(classes)] for seed in seeds])
 
 
 @torch.no_grad()
 def denoise(denoiser: Denoiser, solver: Solver, seeds: range, device: str | torch.device = "cpu") -> Iterator[Step]:
     """Denoise one batch from the noise of `seeds`, yielding every step; the last `x_next` is the image."""
-    generators = image_generators(seeds)
-    x = draw_noise(generators).to(device)
+    generators, shape = image_generators(seeds), image_shape(denoiser)
+    labels = choose_labels(denoiser, solver.config, seeds)
+    labels = None if labels is None else labels.to(device)
+    x = draw_noise(generators, shape).to(device)
     x0_prev = torch.zeros_like(x)
-    for number, t in enumerate(solver.timesteps.tolist()):
+    for number in range(len(solver.timesteps)):
         step = torch.full((len(x),), number, device=device)
-        eps = denoiser(x, torch.full_like(step, t)).sample
-        x0 = solver.predict_x0(step, x, eps)
-        z = draw_noise(generators).to(device) if solver.is_stochastic else None
+        answer = solver.ask(denoiser, step, x, labels)
+        x0 = solver.predict_x0(step, x, answer)
+        z = draw_noise(generators, shape).to(device) if solver.is_stochastic else None
         x_next = solver.advance(step, x, x0, x0_prev, z)
-        yield Step(number, x, eps, x_next)
+        yield Step(number, x, answer, x_next)
         x, x0_prev = x_next, x0
 
 
@@ -173,18 +295,18 @@ def batches(seed: int, count: int, batch_size: int) -> Iterator[range]:
 
 def sample(
     denoiser: Denoiser,
-    config: SamplerConfig,
+    solver: Solver,
     num_images: int,
     seed: int = 0,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Images uint8 (num_images, 28, 28) on the CPU; image i starts from the noise of seed + i.
+    """Images uint8 (num_images, H, W), or (num_images, H, W, C) of more channels than one, on the CPU.
 
-    `progress` is called after each batch with the number of images that are done.
+    Image i starts from the noise of seed + i. `progress` is called after each batch with the number that are done.
     """
-    solver, done, images = Solver(config), 0, []
+    done, images = 0, []
     for seeds in batches(seed, num_images, batch_size):
         for step in denoise(denoiser, solver, seeds, device):
             x = step.x_next
@@ -195,10 +317,12 @@ def sample(
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images uint8 (N, 28, 28) → float (N, 1, 28, 28) in [-1, 1]."""
-    return rearrange(images, "n h w -> n 1 h w").float() / 127.5 - 1
+    """Images uint8 (N, H, W) or (N, H, W, C) → float (N, C, H, W) in [-1, 1]."""
+    images = images if images.dim() == 4 else images.unsqueeze(-1)
+    return rearrange(images, "n h w c -> n c h w").float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images float (N, 1, 28, 28) in [-1, 1] → uint8 (N, 28, 28) on the CPU."""
-    return rearrange(((x.clamp(-1, 1) + 1) * 127.5).round().byte(), "n 1 h w -> n h w").cpu()
+    """Images float (N, C, H, W) in [-1, 1] → uint8 (N, H, W) of one channel, (N, H, W, C) of more, on the CPU."""
+    images = rearrange(((x.clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").cpu()
+    return images[..., 0] if images.shape[-1] == 1 else images

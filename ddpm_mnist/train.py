@@ -1,6 +1,7 @@
-"""The teacher's training: DDPM's ε-prediction on MNIST, resumable to the bit."""
+"""The teacher's training: DDPM's ε-prediction on MNIST or other images, resumable to the bit."""
 
 import dataclasses
+import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +9,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from einops import rearrange
 from torch import Tensor
 from torchvision.utils import save_image
 
+from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
-from ddpm_mnist.data import load_mnist
+from ddpm_mnist.data import load_images
 from ddpm_mnist.runs import RunState, progress, update_generator
-from ddpm_mnist.sampler import SamplerConfig, sample, to_float
+from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
 from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
 
 
@@ -23,6 +24,12 @@ from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_tea
 class TeacherConfig:
     output: Path = Path("runs/teacher")
     """Run folder. A run that was interrupted goes on from its last state."""
+    data: str = "mnist"
+    """What to draw: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"; a folder of images; or a .npy file, uint8
+    (N, H, W) or (N, H, W, 3). The network takes its channels and its size from it."""
+    image_size: int | tuple[int, int] | None = None
+    """Images are resized to this height and width, one number for both; what lies outside these proportions is cut
+    off. None: as they are."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     total_updates: int = 20_000
     """Optimiser updates."""
@@ -59,6 +66,9 @@ class TeacherConfig:
         for name in ("decay_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if any(side is not None and side < 1 for side in sides):
+            raise ValueError(f"image_size must be positive, not {self.image_size}")
         if self.warmup_updates < 0:
             raise ValueError(f"warmup_updates must not be negative, not {self.warmup_updates}")
         if not 0 <= self.seed < 1 << 32:
@@ -78,10 +88,10 @@ def draw_batch(images: Tensor, batch_size: int, seed: int, update: int, rank: in
     """What one update of one process draws, a function of its arguments alone.
 
     Args:
-        images: uint8 (M, 28, 28).
+        images: uint8 (M, H, W) or (M, H, W, C).
 
     Returns:
-        x0 float (N, 1, 28, 28) in [-1, 1]; eps the same shape; t long (N,) in 0…999.
+        x0 float (N, C, H, W) in [-1, 1]; eps the same shape; t long (N,) in 0…999.
     """
     generator = update_generator(seed, update, rank)
     index = torch.randint(len(images), (batch_size,), generator=generator)
@@ -98,27 +108,40 @@ def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
 
 
 def train_teacher(config: TeacherConfig) -> Path:
-    """Train the teacher of `config` on MNIST, or go on where its folder left off.
+    """Train the teacher of `config` on its images, or go on where its folder left off.
 
     Writes config.yaml, log.jsonl, samples/*.png, state/, and at the end a folder of diffusers'
     `DDIMPipeline`: model_index.json, unet/ and scheduler/.
 
     Raises:
-        InputError: MNIST cannot be had, or the folder belongs to another configuration.
+        InputError: the images cannot be had, are too few, or do not fit the network; or the folder belongs to another
+            configuration or to other images.
     """
     fingerprint = dataclasses.asdict(config)
     for free in ("output", "log_every", "save_every", "grid_every"):
         del fingerprint[free]
     run = RunState(config.output, fingerprint)
-    images, _ = load_mnist("train")
+    images = load_images(config.data, "train", config.image_size)
+    if len(images) < config.batch_size:
+        raise InputError(
+            f"{config.data} has {len(images)} images, fewer than a batch of {config.batch_size}: "
+            "give more, or a smaller batch_size"
+        )
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
-    unet = make_unet(config.unet)
+    channels = images.shape[3] if images.dim() == 4 else 1
+    unet = make_unet(config.unet, channels, (images.shape[1], images.shape[2]))
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0, betas=(0.9, 0.99), fused=True)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
     first, seconds_before = 0, 0.0
     if (state := run.state) is not None:
+        if state["images"] != digest:
+            raise InputError(
+                f"{config.output} was begun with other images than {config.data} holds now: "
+                "choose another output folder, or delete this one"
+            )
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
@@ -160,9 +183,10 @@ def train_teacher(config: TeacherConfig) -> Path:
             if accelerator.is_main_process and (done % config.grid_every == 0 or last):
                 ema.store(unet.parameters())
                 ema.copy_to(unet.parameters())
-                pictures = sample(unet, SamplerConfig(), num_images=64, device=accelerator.device).float() / 255
+                whole, solver = accelerator.unwrap_model(unet), Solver(SamplerConfig())
+                pictures = sample(whole, solver, num_images=64, device=accelerator.device)
                 (config.output / "samples").mkdir(exist_ok=True)
-                save_image(rearrange(pictures, "n h w -> n 1 h w"), config.output / "samples" / f"{done:06d}.png")
+                save_image((to_float(pictures) + 1) / 2, config.output / "samples" / f"{done:06d}.png")
                 ema.restore(unet.parameters())
             if accelerator.is_main_process and (done % config.save_every == 0 or last):
                 whole = accelerator.unwrap_model(unet)
@@ -171,6 +195,7 @@ def train_teacher(config: TeacherConfig) -> Path:
                         "unet": whole.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "ema": ema.state_dict(),
+                        "images": digest,
                         "update": done,
                         "seconds": seconds,
                     }

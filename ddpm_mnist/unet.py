@@ -5,23 +5,25 @@ from pathlib import Path
 
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 
+from ddpm_mnist import InputError
+
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 @dataclass
 class UNetConfig:
     block_out_channels: tuple[int, ...] = (16, 32, 64)
-    """Channels of each resolution, from 28×28 down; the resolution halves from one to the next."""
+    """Channels of each resolution, from the images' own down; the resolution halves from one to the next."""
     layers_per_block: int = 1
     """Residual blocks per resolution on the way down; one more on the way up."""
     norm_num_groups: int = 8
     """Groups of every GroupNorm; divides every entry of `block_out_channels`."""
     attention_head_dim: int = 16
-    """Channels per attention head; divides the last of `block_out_channels`. Attention sits there only, at 7×7."""
+    """Channels per attention head; divides the last of `block_out_channels`. Attention sits there only."""
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.block_out_channels) <= 3:
-            raise ValueError("block_out_channels needs 1 to 3 entries: 28×28 can be halved twice")
+        if not self.block_out_channels:
+            raise ValueError("block_out_channels needs at least one entry")
         for name in ("layers_per_block", "norm_num_groups", "attention_head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -34,13 +36,28 @@ class UNetConfig:
             )
 
 
-def make_unet(config: UNetConfig) -> UNet2DModel:
-    """A denoiser of the house: `eps = unet(x_t, t).sample`, x_t float (N, 1, 28, 28), t long (N,) or scalar."""
+def make_unet(config: UNetConfig, channels: int = 1, size: int | tuple[int, int] = 28) -> UNet2DModel:
+    """A denoiser of the house: `eps = unet(x_t, t).sample`, x_t float (N, C, H, W), t long (N,) or scalar.
+
+    Args:
+        channels: C, of the images and of ε.
+        size: (H, W), or one number for both.
+
+    Raises:
+        InputError: images of this size cannot be halved as often as `config` says.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
     depth = len(config.block_out_channels)
+    multiple = 2 ** (depth - 1)  # an odd side would come back one pixel longer on the way up
+    if height % multiple or width % multiple:
+        raise InputError(
+            f"images of {height}×{width} pixels cannot be halved {depth - 1} times, as {depth} block_out_channels "
+            f"ask: height and width must be multiples of {multiple} (image_size resizes), or the channels fewer"
+        )
     return UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=config.block_out_channels,
         layers_per_block=config.layers_per_block,
         norm_num_groups=config.norm_num_groups,

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.runs import prepare_output, progress, write_json, write_text
+from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
 from eval.memory import peak_memory
 from eval.models import load_model
 from eval.runtimes import Runtimes, onnx_runtimes, torch_runtimes
@@ -94,22 +96,33 @@ def benchmark(config: BenchConfig) -> list[Row]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    teacher, student = load_model(config.teacher).denoiser.cpu(), load_model(config.student).denoiser.cpu()
+    models = load_model(config.teacher), load_model(config.student)
+    teacher, student = (model.denoiser.cpu() for model in models)
     if not isinstance(student, QuantizedUNet):
         raise InputError(f'"{config.student}" is no student: a run folder or a released student is needed')
     if isinstance(teacher, QuantizedUNet):
         raise InputError(f'the teacher must be of full precision, "{config.teacher}" is not')
+    if models[0].shape != models[1].shape:
+        raise InputError(
+            f'"{config.teacher}" draws images of {models[0].shape}, "{config.student}" of {models[1].shape}'
+        )
+    load_model(config.student, "integer")  # refuses a student that integers do not follow
+    solver = models[1].solver(SamplerConfig(num_steps=config.num_steps))
     prepare_output(config.output)
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         # PyTorch's own cache does not tell apart what was compiled under other limits on the instruction set.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")
-        runtimes = {**torch_runtimes(teacher, student, config.isas()), **onnx_runtimes(teacher, student, Path(folder))}
+        runtimes = {
+            **torch_runtimes(teacher, student, config.isas()),
+            **onnx_runtimes(teacher, student, solver, Path(folder)),
+        }
         for batch_size in config.batch_sizes:
-            rows += _time(runtimes, batch_size, config)
+            rows += _time(runtimes, _inputs(student, solver, batch_size), config)
         sizes = _bytes_on_disk(config, Path(folder))
-        integer_step = _integer_step(student, config)
-        convolutions = _convolutions(student, integer_step, config)
+        inputs = _inputs(student, solver, max(config.batch_sizes))
+        integer_step = _integer_step(student, inputs, config)
+        convolutions = _convolutions(student, inputs, integer_step, config)
     start = _first_image(config)
     machine = {**_machine(), "isa": config.isas()[0]}
     content = {
@@ -128,19 +141,26 @@ def benchmark(config: BenchConfig) -> list[Row]:
     return rows
 
 
-def _time(runtimes: Runtimes, batch_size: int, config: BenchConfig) -> list[Row]:
-    x, t = torch.randn(batch_size, 1, 28, 28), torch.tensor(499)
+def _inputs(student: QuantizedUNet, solver: Solver, batch_size: int) -> tuple[Tensor, ...]:
+    """A batch at the middle of the denoising: x float (N, C, H, W), t (), and the classes (N,) of a model with such."""
+    labels = choose_labels(student, solver.config, range(batch_size))
+    x, t = torch.randn(batch_size, *image_shape(student)), solver.timesteps[len(solver.timesteps) // 2]
+    return (x, t) if labels is None else (x, t, labels)
+
+
+def _time(runtimes: Runtimes, inputs: tuple[Tensor, ...], config: BenchConfig) -> list[Row]:
+    batch_size = len(inputs[0])
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runtimes}
     memory = {}
     with progress(f"batch {batch_size}", config.rounds) as advance:
         for key, denoiser in runtimes.items():  # compiles and warms up
             for _ in range(2):
-                denoiser(x, t)
-            memory[key] = peak_memory(partial(denoiser, x, t))
+                denoiser(*inputs)
+            memory[key] = peak_memory(partial(denoiser, *inputs))
         for number in range(config.rounds):
             for key, denoiser in runtimes.items():
                 start = time.perf_counter()
-                denoiser(x, t)
+                denoiser(*inputs)
                 seconds[key].append(time.perf_counter() - start)
             advance(number + 1)
     rows = []
@@ -151,16 +171,17 @@ def _time(runtimes: Runtimes, batch_size: int, config: BenchConfig) -> list[Row]
     return rows
 
 
-def _integer_step(student: QuantizedUNet, config: BenchConfig) -> dict[str, float]:
+def _integer_step(student: QuantizedUNet, inputs: tuple[Tensor, ...], config: BenchConfig) -> dict[str, float]:
     """Where the integer student's time goes: the threads' own clocks tell codes and products apart."""
-    batch_size = max(config.batch_sizes)
-    integer, x = to_integer(student, config.isas()[0]), torch.randn(batch_size, 1, 28, 28)
-    integer(x, 499)
-    milliseconds = _median_seconds(partial(integer, x, 499), config.rounds) * 1e3
+    integer, batch_size = to_integer(student, config.isas()[0]), len(inputs[0])
+    integer(*inputs)
+    milliseconds = _median_seconds(partial(integer, *inputs), config.rounds) * 1e3
     integer.seconds = np.zeros(2)
-    integer(x, 499)
+    integer(*inputs)
     products = integer.seconds[1] / integer.seconds.sum()
-    macs = sum(row.macs for row in summarise(student, (1, 28, 28)) if row.kind != "attention products")
+    conditions = dict(zip(("class_labels",), _one(inputs)[2:], strict=False))
+    layers = summarise(student, image_shape(student), **conditions)
+    macs = sum(row.macs for row in layers if row.kind != "attention products")
     return {
         "batch_size": batch_size,
         "milliseconds": round(milliseconds, 2),
@@ -170,13 +191,20 @@ def _integer_step(student: QuantizedUNet, config: BenchConfig) -> dict[str, floa
     }
 
 
-def _convolutions(student: QuantizedUNet, integer_step: dict[str, float], config: BenchConfig) -> dict[str, float]:
+def _one(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The first sample of a batch."""
+    return tuple(part[:1] if part.dim() else part for part in inputs)
+
+
+def _convolutions(
+    student: QuantizedUNet, inputs: tuple[Tensor, ...], integer_step: dict[str, float], config: BenchConfig
+) -> dict[str, float]:
     """The student's convolutions in PyTorch's float, each on an input of its own, against all its integer products."""
-    batch_size, total, macs = max(config.batch_sizes), 0.0, 0
+    batch_size, total, macs = len(inputs[0]), 0.0, 0
     shapes: dict[QuantConv2d, torch.Size] = {}
     layers = [layer for _, layer in student.layers() if isinstance(layer, QuantConv2d)]
     hooks = [layer.register_forward_hook(lambda at, x, _: shapes.update({at: x[0].shape})) for layer in layers]
-    student(torch.zeros(1, 1, 28, 28), student.clock.timesteps[0])
+    student(*_one(inputs))
     for hook in hooks:
         hook.remove()
     for layer, shape in shapes.items():
@@ -205,17 +233,18 @@ def _median_seconds(step: Callable[[], Any], rounds: int) -> float:
 def _first_image(config: BenchConfig) -> dict[str, float]:
     """Seconds beyond the imports, in a new process: to load the student, and from there to its first integer image."""
     script = (
-        "import sys, time; from eval.models import load_model, runnable, Model; "
+        "import sys, time; from eval.models import load_model, runnable; "
         "from eval.sample import DrawConfig, draw; start = time.perf_counter(); "
-        "student = load_model(sys.argv[1], 'simulated').denoiser; loaded = time.perf_counter(); "
-        "draw(Model('student', runnable(student, 'integer')), DrawConfig(num_images=1)); "
+        "student = load_model(sys.argv[1], 'simulated'); loaded = time.perf_counter(); "
+        "student.denoiser = runnable(student.denoiser, 'integer'); draw(student, DrawConfig(num_images=1)); "
         "print(loaded - start, time.perf_counter() - loaded)"
     )
     environment = {**os.environ, VARIABLE: config.isas()[0]}
     command = [sys.executable, "-c", script, config.student]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
-        raise InputError(f"{config.student} does not run on integers: {run.stderr.splitlines()[-1]}")
+        said = run.stderr.strip() or f"exit code {run.returncode}"
+        raise InputError(f"{config.student} does not run on integers: {said.splitlines()[-1]}")
     loading, drawing = (float(number) for number in run.stdout.split()[-2:])
     return {"load": round(loading, 2), "first_image": round(drawing, 2)}
 

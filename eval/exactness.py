@@ -1,7 +1,7 @@
 """Where integers and simulation differ: the share of codes that fall on the other side of a border, layer by layer.
 
 From equal inputs both compute the same codes, except where a float lies within rounding error of the border between
-two: normalisation, SiLU and attention are floats in both, summed in another order.
+two: normalisation, activations, attention and resampling are floats in both, summed in another order.
 """
 
 import sys
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
-from ddpm_mnist.sampler import SamplerConfig, Solver, denoise
+from ddpm_mnist.sampler import SamplerConfig, choose_labels, denoise
 from eval.models import load_model
 from eval.sample import DrawConfig
 from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.functional import round_zero_point
 from quant.integer import core
+from quant.integer.layers import NORMS, filled
+from quant.integer.lines import Line
 from quant.integer.model import Moment
-from quant.integer.program import Line, filled
 
 
 @dataclass
@@ -49,27 +50,53 @@ def line_codes(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor) -> T
     placed = core.Line(
         line.kind, line.layer, line.norm, 0, channels, -1, 0, -1, -1, height, width, factor=1, heads=line.heads
     )
-    states = np.zeros((count, height, width, filled(channels)), np.float32)
-    states[..., :channels] = rearrange(x, "n c h w -> n h w c").numpy()
+    states = _states(x)
     codes = np.empty((count, height, width, channels // (3 if line.kind == core.ATTENTION else 1)), np.uint8)
     quantizer = moment.quantizers[line.layer : line.layer + 1].ctypes.data
     for state, code in zip(states, codes, strict=True):
-        integer.core.encode(placed, integer.layers.norm_table, quantizer, state.ctypes.data, code.ctypes.data)
+        integer.core.encode(placed, moment.norm_table, quantizer, state.ctypes.data, code.ctypes.data)
     return rearrange(torch.from_numpy(codes), "n h w c -> n c h w").float()
 
 
+def line_state(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """What the core makes of x (N, C, H, W) in a line without a layer, of `shape`."""
+    _, channels, height, width = x.shape
+    states, size = _states(x), filled(shape[0]) * shape[1] * shape[2]
+    placed = core.Line(
+        line.kind, -1, line.norm, 0, channels, -1, 0, -1, states[0].size, height, width, 1, 0,
+        line.resampling, line.centre, line.divisor,
+    )  # fmt: skip
+    made = []
+    for state in states:
+        memory = np.concatenate([state.reshape(-1), np.zeros(size, np.float32)])
+        integer.core.change(placed, moment.norm_table, memory.ctypes.data)
+        made.append(memory[-size:].reshape(*shape[1:], -1)[..., : shape[0]])
+    return rearrange(torch.from_numpy(np.stack(made)), "n h w c -> n c h w")
+
+
+def _states(x: Tensor) -> np.ndarray:
+    """x (N, C, H, W) as the core keeps it."""
+    count, channels, height, width = x.shape
+    states = np.zeros((count, height, width, filled(channels)), np.float32)
+    states[..., :channels] = rearrange(x, "n c h w -> n h w c").numpy()
+    return states
+
+
 @torch.no_grad()
-def flipped_shares(student: QuantizedUNet, x: Tensor, t: int) -> dict[str, float]:
+def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: int | None = None) -> dict[str, float]:
     """For each layer that runs on integers the share of its input's codes that differ from the simulation's.
 
     Every line of the integer program gets what the simulation gave to the same place, so no flip is counted twice.
 
     Args:
         x: float (N, C, H, W), states at the timestep `t`.
+        label: their class, for a student with classes.
     """
     integer = to_integer(student)
-    integer(x, t)  # makes the program and the timestep's step sizes
-    programs, moment = (integer.time_program, integer.programs[x.shape[2], x.shape[3]]), integer.moments[t]
+    labels = {} if label is None else {"class_labels": torch.full((len(x),), label)}
+    integer(x, t, **labels)  # makes the program and the timestep's step sizes
+    (moment,) = integer.moments.values()
+    programs = (integer.time.program, integer.programs[x.shape[2], x.shape[3]])
     entering: dict[str, Tensor] = {}
     leaving: dict[str, Tensor] = {}
     coded: dict[str, Tensor] = {}
@@ -84,35 +111,56 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: int) -> dict[str, float
         scale, zero_point = (values[0] for values in quantizer.read())
         coded[name] = (output / scale).round() + round_zero_point(zero_point, quantizer.qmin, quantizer.qmax)
 
-    norms: dict[int, nn.GroupNorm] = {}
     hooks = []
     for name, layer in student.layers():
         hooks.append(layer.act_quantizer.register_forward_hook(partial(keep_codes, name)))
         hooks.append(layer.register_forward_hook(hook(name, entering, False)))
         hooks.append(layer.register_forward_hook(hook(name, leaving, True)))
-    for number, norm in enumerate(module for module in student.unet.modules() if isinstance(module, nn.GroupNorm)):
-        norms[number] = norm
+    for number, norm in enumerate(module for module in student.unet.modules() if isinstance(module, NORMS)):
         hooks.append(norm.register_forward_hook(hook(f"norm {number}", entering, False)))
+    if student.unet.class_embedding is not None:
+        hooks.append(student.unet.class_embedding.register_forward_hook(hook("class", leaving, True)))
     try:
-        student(x, t)
+        student(x, t, **labels)
     finally:
         for handle in hooks:
             handle.remove()
 
     names, shares = [layer.name for layer in integer.layers.values()], {}
     for program in programs:
-        made_by: dict[int, str] = {}
+        made_by: dict[int, Line] = {}
+        # The simulation's states, where a normalisation reads them, or a line without a layer made them of such a one.
+        states = {0: x} if program is programs[1] else {}
         for line in program.lines:
+            if line.norm >= 0 and line.skip < 0:
+                states.setdefault(
+                    line.source, entering[f"norm {line.norm}"].reshape(len(x), *program.shapes[line.source])
+                )
+        for line in program.lines:
+            if line.layer < 0:
+                if line.source in states:
+                    shape = program.shapes[line.target]
+                    states[line.target] = line_state(integer, line, moment, states[line.source], shape)
+                continue
             name, (_, height, width) = names[line.layer], program.shapes[line.source]
-            made_by[line.target] = name
-            height, width = height * line.factor, width * line.factor
+            made_by[line.target] = line
             if line.norm >= 0:
                 source = entering[f"norm {line.norm}"].reshape(len(x), -1, height, width)
+            elif line.source in states and line.skip < 0:
+                source = states[line.source]
+            elif line.kind == core.QUANTIZE:
+                source = _as_image(entering[name], height * line.factor, width * line.factor)
+                source = source[..., :: line.factor, :: line.factor]
             else:
-                kept = entering[name] if line.kind == core.QUANTIZE else leaving[made_by[line.source]]
-                source = _as_image(kept, height, width)
-            theirs = _as_image(coded[name], height, width)
-            shares[name] = (line_codes(integer, line, moment, source) != theirs).float().mean().item()
+                made = made_by[line.source]
+                source = _as_image(leaving[names[made.layer]], height, width)
+                if made.residual >= 0:  # of the time embedding: the class's
+                    source = source + _as_image(leaving["class"], height, width)
+            ours = line_codes(integer, line, moment, source)
+            if line.factor > 1:
+                ours = ours.repeat_interleave(line.factor, 2).repeat_interleave(line.factor, 3)
+            theirs = _as_image(coded[name], height * line.factor, width * line.factor)
+            shares[name] = (ours != theirs).float().mean().item()
     return shares
 
 
@@ -125,16 +173,22 @@ def _as_image(x: Tensor, height: int, width: int) -> Tensor:
 
 def report(config: ExactnessConfig) -> dict[str, float]:
     """Count the codes that integers and simulation do not share, per layer, along the denoising of a student."""
-    student = load_model(config.student).denoiser
+    model = load_model(config.student)
+    student = model.denoiser
     if not isinstance(student, QuantizedUNet):
         raise InputError(f'"{config.student}" is no student: a run folder or a released student is needed')
     student.cpu()
-    solver = Solver(SamplerConfig(num_steps=config.num_steps))
+    solver = model.solver(SamplerConfig(num_steps=config.num_steps))
     totals: dict[str, float] = {}
-    for step in denoise(student, solver, range(config.seed, config.seed + config.num_images)):
-        shares = flipped_shares(student, step.x, int(solver.timesteps[step.number]))
-        for name, share in shares.items():
-            totals[name] = totals.get(name, 0.0) + share / config.num_steps
+    seeds = range(config.seed, config.seed + config.num_images)
+    labels = choose_labels(student, solver.config, seeds)
+    classes: list[int | None] = [None] if labels is None else labels.unique().tolist()
+    for step in denoise(student, solver, seeds):
+        for label in classes:
+            x = step.x if labels is None else step.x[labels == label]
+            shares = flipped_shares(student, x, solver.timesteps[step.number], label)
+            for name, share in shares.items():
+                totals[name] = totals.get(name, 0.0) + share * len(x) / len(step.x) / config.num_steps
     table = Table(
         title=f"{config.num_images} images, {config.num_steps} steps: codes that differ from the simulation's"
     )

@@ -44,9 +44,10 @@ def export(config: ExportConfig) -> Path:
     if packed:
         model.denoiser.save_pretrained(config.output)
     else:
-        beside = path.with_name(".model.onnx")
-        export_onnx(model.denoiser.cpu(), beside)
-        beside.replace(path)
+        try:
+            export_onnx(model.denoiser, path)
+        except ValueError as error:
+            raise InputError(f'"{config.model}" cannot be exported: {error}') from error
     print(f"{config.model}, {model.bits}, in {path} ({path.stat().st_size:,} bytes)")
     return path
 

@@ -1,30 +1,40 @@
-"""The feature network that all scores are computed on, and the reference statistics of MNIST."""
+"""The rulers: the feature networks that scores are computed on, with the statistics of the images they compare with."""
 
 import hashlib
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_mnist import InputError
+from ddpm_mnist.data import load_images
+
 PRETRAINED = Path(__file__).parent / "pretrained"
 KID_REFERENCE_IMAGES = 10_000
+# Of the Inception weights that torch-fidelity names, and of no others: it unpickles them.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class FeatureNetwork(nn.Module):
-    """A classifier of digits: images uint8 (N, 28, 28) → features (N, 128) and logits (N, 10).
+    """A classifier of digits, or of what else MNIST-shaped sets show: images uint8 (N, 28, 28) → features (N, 128) and
+    logits (N, `num_classes`).
 
     The features are the inputs of its last layer, as FID takes them from Inception. FID grows with the square of
-    their scale, which training leaves to chance, so it is set: over MNIST's training images their variance is 1
+    their scale, which training leaves to chance, so it is set: over the set's training images their variance is 1
     in the mean over the 128 dimensions.
     """
 
     num_features = 128
+    shape = (28, 28)
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
 
         def block(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
@@ -35,7 +45,7 @@ class FeatureNetwork(nn.Module):
             *block(1, 32, 1), *block(32, 32, 2), *block(32, 64, 1), *block(64, 64, 2), nn.Flatten(),
             nn.Linear(64 * 7 * 7, self.num_features), nn.ReLU(),
         )  # fmt: skip
-        self.classifier = nn.Linear(self.num_features, 10)
+        self.classifier = nn.Linear(self.num_features, num_classes)
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
@@ -52,30 +62,65 @@ class FeatureNetwork(nn.Module):
         return features, self.classifier(F.dropout(features, 0.5, self.training))
 
 
+class InceptionNetwork(nn.Module):
+    """The Inception network of the papers' FID, torch-fidelity's copy of it: images uint8 (N, H, W) or (N, H, W, 3),
+    which it scales to 299×299 → features (N, 2048) and logits (N, 1008).
+
+    Raises:
+        InputError: torch-fidelity is not installed, or its weights are not to be had.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as inception
+        except ImportError as error:
+            raise InputError("Inception needs torch-fidelity: pip install 'efficientdm[inception]'") from error
+        url = inception.URL_INCEPTION_V3
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        try:
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256)
+            if (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != INCEPTION_SHA256:
+                raise ValueError(f"{path} has SHA-256 {digest}, not {INCEPTION_SHA256}")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"Inception's weights cannot be had; put {url} into {path.parent} ({reason})") from error
+        self.extractor = inception.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        colour = images if images.dim() == 4 else images.unsqueeze(-1).expand(-1, -1, -1, 3)
+        colour = colour.to(self.extractor.fc.weight.device)
+        features, logits = self.extractor(rearrange(colour, "n h w c -> n c h w"))
+        return features.cpu(), logits.cpu()
+
+
 @torch.no_grad()
-def extract(network: FeatureNetwork, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """Features float32 (N, 128) and logits float32 (N, 10) of images uint8 (N, 28, 28)."""
+def extract(network: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Features float32 (N, D) and logits float32 (N, number of classes) of images uint8 (N, H, W) or (N, H, W, 3)."""
     pairs = [network(batch) for batch in images.split(batch_size)]
     features, logits = zip(*pairs, strict=True)
     return torch.cat(features), torch.cat(logits)
 
 
 @cache
-def load_features() -> FeatureNetwork:
-    """The released feature network, in evaluation mode."""
-    network = FeatureNetwork()
-    network.load_state_dict(load_file(PRETRAINED / "features.safetensors"))
+def load_features(folder: Path = PRETRAINED) -> FeatureNetwork:
+    """The feature network in `folder` (by default the released one), in evaluation mode."""
+    weights = load_file(folder / "features.safetensors")
+    network = FeatureNetwork(len(weights["classifier.bias"]))
+    network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
 
 
 @cache
-def load_reference() -> dict[str, Tensor]:
-    """What the scores need of MNIST's 60,000 training images.
+def load_reference(folder: Path = PRETRAINED) -> dict[str, Tensor]:
+    """What the scores need of the training images, MNIST's 60,000 or those that the network in `folder` learned from.
 
     Keys: `sum` float64 (128,) and `outer_sum` float64 (128, 128), the sums of the features and of their outer
     products; `count` long (); `kid_features` float16 (10,000, 128), the features of the first 10,000 images.
     """
-    return load_file(PRETRAINED / "reference.safetensors")
+    return load_file(folder / "reference.safetensors")
 
 
 @cache
@@ -93,3 +138,66 @@ def reference_statistics(features: Tensor) -> dict[str, Tensor]:
         "count": torch.tensor(len(features)),
         "kid_features": features[:KID_REFERENCE_IMAGES].half().contiguous(),
     }
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """What scores are taken with: a network, and the images that it compares with."""
+
+    network: nn.Module
+    """Images uint8 (N, H, W) or (N, H, W, 3) → features (N, D) and logits (N, number of classes)."""
+    reference: dict[str, Tensor] | None
+    """The statistics of `load_reference`; None: the teacher's images are all that it compares with."""
+    digest: str
+    """Scores compare only where it is equal: `features_digest`, or "inception"."""
+    data: str | None
+    """Whose statistics: the data that the network learned from, or for "inception" the reference that was given."""
+    shape: tuple[int, ...] | None
+    """Of the images that it measures, (H, W); None: of any size, in one channel or three."""
+    batch_size: int = 500
+    """Images that the network sees at once."""
+
+    def fits(self, images: Tensor) -> bool:
+        """Whether it measures images of this shape."""
+        if self.shape is None:
+            return images.dim() == 3 or images.shape[3] == 3
+        return tuple(images.shape[1:]) == self.shape
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return extract(self.network, images, self.batch_size)
+
+
+@cache
+def load_ruler(features: Path | str | None = None, reference: str | None = None) -> Ruler:
+    """The ruler in a folder of `efficientdm features`, or the Inception network of torch-fidelity.
+
+    Args:
+        features: the folder, or "inception". None: the released ruler, MNIST's.
+        reference: for "inception": images to compare with, as for `load_images`, of any size. A folder has its own.
+
+    Raises:
+        InputError: the folder holds no ruler or one whose parts do not belong together; the Inception network or the
+            reference images are not to be had.
+    """
+    if str(features) == "inception":
+        inception = InceptionNetwork().to(PartialState().device)
+        ruler = Ruler(inception, None, "inception", reference, None, batch_size=50)
+        if reference is None:
+            return ruler
+        images = load_images(reference)
+        if len(images) < 2:
+            raise InputError(f"{reference} holds one image: a covariance needs two")
+        return replace(ruler, reference=reference_statistics(ruler.extract(images)[0]))
+    if reference is not None:
+        raise InputError(f'reference is for features "inception": {features or "the released ruler"} has its own')
+    folder = PRETRAINED if features is None else Path(features)
+    try:
+        network, statistics, digest = load_features(folder), load_reference(folder), features_digest(folder)
+        with safe_open(folder / "reference.safetensors", "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f'{folder} holds no ruler; "efficientdm features" makes one ({reason})') from error
+    if metadata.get("features") != digest:
+        raise InputError(f"{folder}: the statistics are of the network {metadata.get('features')}, not of {digest}")
+    return Ruler(network, statistics, digest, metadata.get("data", "mnist"), FeatureNetwork.shape)

@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.runs import prepare_output, write_json
+from eval.features import Ruler, load_ruler
 from eval.metrics import Score, measure
 from eval.models import Model, load_model
 from eval.sample import DrawConfig, draw
+from eval.table import number
 
 
 @dataclass
@@ -22,6 +25,11 @@ class FidConfig(DrawConfig):
     """Images to score; compare only scores of equal counts."""
     teacher: str = "teacher"
     """The model whose images of the same noise `mse_to_teacher` and `fid_to_teacher` compare with."""
+    features: str | None = None
+    """The ruler: a folder of `efficientdm features`, or "inception". None: the released one, of MNIST. Images that it
+    does not fit are compared with the teacher's alone."""
+    reference: str | None = None
+    """For "inception": images to compare with, a folder or an .npy file. Other rulers have their own."""
     output: Path = Path("fid.json")
     """JSON object with the fields of `Score`."""
 
@@ -31,8 +39,10 @@ class FidConfig(DrawConfig):
             raise ValueError(f"num_images must be at least 2, not {self.num_images}: a covariance needs two")
 
 
-def score_images(model: Model, images: Tensor, seconds: float, teacher_images: Tensor, config: DrawConfig) -> Score:
-    """The score of `images` uint8 (N, 28, 28), which `model` drew as `config` says."""
+def score_images(
+    model: Model, images: Tensor, seconds: float, teacher_images: Tensor, config: DrawConfig, ruler: Ruler
+) -> Score:
+    """The score of `images` uint8 (N, H, W) or (N, H, W, C), which `model` drew as `config` says."""
     return Score(
         model=model.name,
         weight_bits=model.weight_bits,
@@ -44,22 +54,24 @@ def score_images(model: Model, images: Tensor, seconds: float, teacher_images: T
         eta=config.eta,
         seed=config.seed,
         seconds=round(seconds, 1),
-        **measure(images, teacher_images),  # type: ignore[arg-type]
+        **measure(images, teacher_images, ruler),  # type: ignore[arg-type]
     )
 
 
 def print_scores(scores: list[Score]) -> None:
     """The table of `scores`, a row each."""
     first = scores[0]
-    table = Table(title=f"{first.num_images:,} images, {first.solver} in {first.num_steps} steps, seed {first.seed}")
+    drawn = f"{first.num_images:,} images, {first.solver} in {first.num_steps} steps, seed {first.seed}"
+    table = Table(title=f"{drawn}, ruler {first.features}")
     table.add_column("model")
     for heading in ("bits", "runtime", "FID ↓", "KID ↓", "IS ↑", "MSE to teacher ↓", "FID to teacher ↓", "seconds"):
         table.add_column(heading, justify="right")
     for score in scores:
         bits = "32" if score.weight_bits == 32 else f"W{score.weight_bits}A{score.act_bits}"
         table.add_row(
-            score.model, bits, score.runtime, f"{score.fid:.2f}", f"{score.kid:.4f}", f"{score.inception_score:.2f}",
-            f"{score.mse_to_teacher:.4f}", f"{score.fid_to_teacher:.2f}", f"{score.seconds:.0f}",
+            score.model, bits, score.runtime, number(score.fid, 2), number(score.kid, 4),
+            number(score.inception_score, 2), number(score.mse_to_teacher, 4), number(score.fid_to_teacher, 2),
+            f"{score.seconds:.0f}",
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
@@ -70,10 +82,15 @@ def print_fid(config: FidConfig) -> Score:
     Prints a table and writes one JSON object. Needs no data: the reference statistics are shipped.
     """
     model, teacher = (load_model(name, config.runtime) for name in (config.model, config.teacher))
+    if model.shape != teacher.shape:
+        raise InputError(f'"{config.teacher}" draws images of {teacher.shape}, "{config.model}" of {model.shape}')
+    ruler = load_ruler(config.features, config.reference)
+    for each in (model, teacher):
+        each.solver(config)  # refuses what does not fit
     prepare_output(config.output)
     images, seconds = draw(model, config)
     teacher_images = images if config.model == config.teacher else draw(teacher, config)[0]
-    score = score_images(model, images, seconds, teacher_images, config)
+    score = score_images(model, images, seconds, teacher_images, config, ruler)
     write_json(config.output, dataclasses.asdict(score))
     print_scores([score])
     return score

@@ -2,14 +2,14 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.runs import prepare_output, write_bytes
 from ddpm_mnist.sampler import SamplerConfig
-from eval.features import extract, load_features, load_reference
+from eval.features import load_ruler
 from eval.metrics import fid_to_reference
 from eval.models import Model, load_model
 from eval.plots import image_grid, to_png
@@ -28,6 +28,8 @@ class GridConfig(SamplerConfig):
     """Column i starts from the noise of seed + i."""
     num_images: int = 0
     """Images to measure each row's FID on; 0: show the FID that the model's folder records, if it does."""
+    features: str | None = None
+    """The ruler of that FID: a folder of `efficientdm features`. None: the released one, of MNIST."""
     runtime: str = "integer"
     """How a student runs: "integer", or "simulated" in float."""
     output: Path = Path("grid.png")
@@ -49,7 +51,8 @@ class GridConfig(SamplerConfig):
     def drawing(self) -> DrawConfig:
         """What each model is asked to draw."""
         count = max(self.columns, self.num_images)
-        return DrawConfig(self.solver, self.num_steps, self.eta, num_images=count, seed=self.seed, runtime=self.runtime)
+        sampler = {field.name: getattr(self, field.name) for field in fields(SamplerConfig)}
+        return DrawConfig(**sampler, num_images=count, seed=self.seed, runtime=self.runtime)
 
 
 def recorded_fid(model: Model, drawing: DrawConfig) -> str:
@@ -61,7 +64,7 @@ def recorded_fid(model: Model, drawing: DrawConfig) -> str:
         scores = json.loads(path.read_text())
         score = scores[-1] if isinstance(scores, list) else scores
         recorded = score["solver"], score["num_steps"], score["eta"]
-        label = fid_label(score["fid"], score["num_images"])
+        label = "" if score["fid"] is None else fid_label(score["fid"], score["num_images"])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path} holds no scores: {error}") from error
     return label if recorded == (drawing.solver, drawing.num_steps, drawing.eta) else ""
@@ -79,13 +82,22 @@ def row_label(model: Model, fid: str) -> str:
 def draw_models(config: GridConfig) -> Path:
     """Draw one labelled row per model (name, bits, FID), the same noise in each column."""
     models = [load_model(argument, config.runtime) for argument in config.models]
+    for model in models:
+        model.solver(config)  # refuses what does not fit
+        if model.shape != models[0].shape:
+            raise InputError(f'"{model.name}" draws images of {model.shape}, "{models[0].name}" of {models[0].shape}')
+    ruler = load_ruler(config.features)
     prepare_output(config.output)
     rows = []
     for model in models:
         images, _ = draw(model, config.drawing)
         if config.num_images:
-            features, _ = extract(load_features(), images[: config.num_images])
-            fid = fid_label(fid_to_reference(features, load_reference()), config.num_images)
+            if ruler.reference is None or not ruler.fits(images):
+                raise InputError(
+                    f"num_images must be 0: the ruler {ruler.digest} has no FID of images of {model.shape}"
+                )
+            features, _ = ruler.extract(images[: config.num_images])
+            fid = fid_label(fid_to_reference(features, ruler.reference), config.num_images)
         else:
             fid = recorded_fid(model, config.drawing)
         rows.append((row_label(model, fid), images[: config.columns]))

@@ -1,7 +1,11 @@
-"""A model argument → a denoiser."""
+"""A model argument → a denoiser, with the schedule that it was trained for."""
 
 import hashlib
 import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,16 @@ import torch
 from accelerate import PartialState
 from diffusers import UNet2DModel
 from diffusers.utils import logging
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from ddpm_mnist import InputError
+from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
+from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
 from ddpm_mnist.unet import PRETRAINED
 from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.integer.core import choose
+from quant.structure import check_config
 
 STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
 RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDENTS}}
@@ -29,7 +37,9 @@ class Model:
 
     name: str
     denoiser: Any
-    """`eps = denoiser(x_t, t).sample`"""
+    """`answer = denoiser(x_t, t).sample`"""
+    schedule: Schedule
+    """What it was trained for."""
     weight_bits: int = 32
     """32 for full precision; for a student the bits of its inner layers."""
     act_bits: int = 32
@@ -46,6 +56,17 @@ class Model:
         if isinstance(self.denoiser, IntegerUNet):
             return "integer"
         return "simulated" if isinstance(self.denoiser, QuantizedUNet) else "float"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of its images."""
+        return image_shape(self.denoiser)
+
+    def solver(self, config: SamplerConfig) -> Solver:
+        """The sampler of `config` over the model's own schedule; InputError where the two do not fit."""
+        with _named(self.name):
+            choose_labels(self.denoiser, config, range(0))
+            return Solver(config, self.schedule)
 
     def weights_digest(self) -> str:
         """The first 12 digits of its weights' SHA-256."""
@@ -73,38 +94,81 @@ def runnable(student: QuantizedUNet, runtime: str) -> IntegerUNet | QuantizedUNe
     return to_integer(student) if runtime == "integer" else student.to(device())
 
 
+@contextmanager
+def _named(argument: str) -> Iterator[None]:
+    """Inside, an InputError says which model it speaks of."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f'model "{argument}": {error}') from error
+
+
 def load_model(argument: str, runtime: str = "simulated") -> Model:
-    """Load a released model by its name, a run folder, or a folder of diffusers (a pipeline's or a UNet's).
+    """Load a released model by its name, a run folder, a folder of diffusers (a pipeline's or a UNet's), or one of
+    these on the Hugging Face hub by its name there.
 
     Args:
         runtime: for a student, one of `RUNTIMES`.
 
     Raises:
-        InputError: there is no such model, or its files are broken or of another shape than (N, 1, 28, 28).
+        InputError: there is no such model, its files are broken, or it says something that is not supported.
     """
     folder = RELEASED.get(argument, Path(argument))
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", argument):
+        folder = _from_hub(argument)
     place = next((p for p in (folder, folder / "unet") if (p / "config.json").is_file()), None)
     if place is None:
         names = ", ".join(RELEASED)
         raise InputError(f'no model "{argument}": neither released ({names}) nor a folder with a config.json')
     try:
-        config = json.loads((place / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("config.json is no JSON object")
+        config = read_config(place / "config.json")
+        if config.get("class", config.get("_class_name")) == "UNet2DConditionModel":
+            raise InputError("a UNet2DConditionModel needs text beside the noise: quant takes it, the commands do not")
+        schedule = _load_schedule(place)
         if "quantization" in config:
             student = QuantizedUNet.from_pretrained(place)
             bits = student.quant_config
-            model = Model(argument, runnable(student, runtime), bits.weight_bits, bits.act_bits, folder)
+            model = Model(argument, runnable(student, runtime), schedule, bits.weight_bits, bits.act_bits, folder)
         else:
-            model = Model(argument, _load_unet(place).requires_grad_(False).to(device()), folder=folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            check_config(config.get("_class_name"), config)
+            denoiser = _load_unet(place).requires_grad_(False).to(device())
+            model = Model(argument, denoiser, schedule, folder=folder)
+        model.shape  # noqa: B018 (refuses a model without a size)
+    except (
+        InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
+    ) as error:  # fmt: skip
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
-    options = model.denoiser.config
-    if (options.in_channels, options.out_channels, options.sample_size) != (1, 1, 28):
-        shape = f"{options.in_channels} → {options.out_channels} channels of {options.sample_size} pixels"
-        raise InputError(f'model "{argument}" denoises {shape}, not 1 → 1 channels of 28 pixels')
     return model
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of the model of that name on the hub, in its cache: configs and safetensors alone."""
+    wanted = [f"{folder}{file}" for folder in ("", "unet/", "scheduler/") for file in ("*config.json", "*.safetensors")]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # of the hub's library, of the one below it, or of the system
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f'no model "{name}", neither here nor on the Hugging Face hub ({reason})') from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; ValueError if there is none."""
+    config = json.loads(path.read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return config
+
+
+def _load_schedule(place: Path) -> Schedule:
+    """What the scheduler beside the network in `place` says; where there is none, DDPM's own, with a word."""
+    folders = [place, place.parent] if place.name == "unet" else [place]
+    for folder in folders:
+        for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
+            if path.is_file():
+                return read_schedule(read_config(path))
+    print(f"{place} has no scheduler: ε-prediction over DDPM's 1000 linear steps is taken for granted", file=sys.stderr)
+    return house_schedule()
 
 
 def _load_unet(place: Path) -> UNet2DModel:

@@ -21,12 +21,12 @@ def to_png(figure: Figure) -> bytes:
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:
-    """One labelled row per entry: the label, and images uint8 (N, 28, 28), the same N in every row."""
-    columns = len(rows[0][1])
-    figure = Figure(figsize=(1.9 + 0.62 * columns, 0.1 + 0.62 * len(rows)), layout="constrained")
+    """One labelled row per entry: the label, and images uint8 (N, H, W) or (N, H, W, C), the same N in every row."""
+    columns, (height, width) = len(rows[0][1]), rows[0][1].shape[1:3]
+    figure = Figure(figsize=(1.9 + 0.62 * columns, 0.1 + 0.62 * height / width * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, rows, strict=True):
-        axis.imshow(rearrange(images.numpy(), "n h w -> h (n w)"), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(rearrange(images.numpy(), "n h w ... -> h (n w) ..."), cmap="gray", vmin=0, vmax=255)
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -43,7 +43,7 @@ def loss_curve(updates: Sequence[int], losses: Sequence[float]) -> Figure:
     return figure
 
 
-def step_sizes(names: Sequence[str], timesteps: Sequence[int], scales: Tensor) -> Figure:
+def step_sizes(names: Sequence[str], timesteps: Sequence[float], scales: Tensor) -> Figure:
     """Learned activation step sizes (layers, T or 1) over the denoising timesteps, relative to their layer's mean."""
     figure = Figure(figsize=(7.5, 1.2 + 0.17 * len(names)), layout="constrained")
     axis = figure.subplots()

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ddpm_mnist.runs import write_text
 from eval.metrics import Score
 from eval.plots import to_png
+from eval.table import number
 from quant.summary import LayerSummary, shares
 
 
@@ -49,6 +50,7 @@ def write_report(
         "macs": sum(layer.macs for layer in layers),
         "shares": shares(list(layers)),
         "config": config,
+        "number": number,
     }
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     write_text(path, environment.get_template("report.html.j2").render(values))

@@ -12,12 +12,15 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ddpm_mnist.sampler import SamplerConfig, Solver, denoise
+from ddpm_mnist.sampler import Solver, choose_labels, denoise
 from quant import QuantizedUNet, to_integer
 from quant.export import export_onnx
 
-# (runtime, model) → one denoising step of x float (N, 1, 28, 28) at the timestep t ().
-Runtimes = dict[tuple[str, str], Callable[[Tensor, Tensor], Any]]
+# (runtime, model) → one denoising step of x float (N, C, H, W) at the timestep t (), with classes (N,) where the model
+# has such.
+Runtimes = dict[tuple[str, str], Callable[..., Any]]
+# The inputs of the ONNX graphs in that order.
+NAMES = ("sample", "timestep", "class_labels")
 
 
 def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet, isas: list[str]) -> Runtimes:
@@ -25,9 +28,9 @@ def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet, isas: list[str]
     channels_last = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
 
     def under_bfloat16(denoiser: Any) -> Any:
-        def run(x: Tensor, t: Tensor) -> Any:
+        def run(*inputs: Tensor) -> Any:
             with torch.autocast("cpu", torch.bfloat16):
-                return denoiser(x, t)
+                return denoiser(*inputs)
 
         return run
 
@@ -44,12 +47,12 @@ def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet, isas: list[str]
     }
 
 
-def onnx_runtimes(teacher: UNet2DModel, student: QuantizedUNet, folder: Path) -> Runtimes:
+def onnx_runtimes(teacher: UNet2DModel, student: QuantizedUNet, solver: Solver, folder: Path) -> Runtimes:
     """Both models as ONNX files in `folder`, in every runtime for them that is installed."""
     paths = {name: folder / f"{name}.onnx" for name in ("teacher", "teacher-int8", "student")}
     export_onnx(teacher, paths["teacher"])
     export_onnx(student, paths["student"])
-    _quantize_statically(teacher, paths["teacher"], paths["teacher-int8"])
+    _quantize_statically(teacher, solver, paths["teacher"], paths["teacher-int8"])
     found: Runtimes = {}
     for runtime, model, path in (
         ("onnxruntime-float", "teacher", "teacher"),
@@ -76,7 +79,7 @@ def _onnxruntime(path: Path) -> Any:
     # Threads that wait by spinning slow down whatever is timed next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda x, t: session.run(None, {"sample": x.numpy(), "timestep": t.numpy()})
+    return lambda *inputs: session.run(None, _arrays(*inputs))
 
 
 def _openvino(path: Path, precision: str) -> Any:
@@ -84,20 +87,24 @@ def _openvino(path: Path, precision: str) -> Any:
 
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     model = openvino.Core().compile_model(path, "CPU", options)
-    return lambda x, t: model({"sample": x.numpy(), "timestep": t.numpy()})
+    return lambda *inputs: model(_arrays(*inputs))
 
 
-def _quantize_statically(teacher: UNet2DModel, source: Path, target: Path) -> None:
+def _arrays(*inputs: Tensor) -> dict[str, np.ndarray]:
+    return {name: x.numpy() for name, x in zip(NAMES, inputs, strict=False)}
+
+
+def _quantize_statically(teacher: UNet2DModel, solver: Solver, source: Path, target: Path) -> None:
     """ONNX Runtime's own static quantization to 8 bits, calibrated on the teacher's denoising of 16 noises."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            solver = Solver(SamplerConfig())
+            labels = choose_labels(teacher, solver.config, range(16))
+            given = () if labels is None else (labels,)
             self.states = iter(
-                {"sample": step.x.numpy(), "timestep": solver.timesteps[step.number].numpy()}
-                for step in denoise(teacher, solver, range(16))
+                _arrays(step.x, solver.timesteps[step.number], *given) for step in denoise(teacher, solver, range(16))
             )
 
         def get_next(self) -> dict[str, np.ndarray] | None:

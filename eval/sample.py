@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from einops import rearrange
 from torch import Tensor
 from torchvision.utils import save_image
 
 from ddpm_mnist.runs import prepare_output, progress, write_bytes
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample, to_float
 from eval.models import Model, check_runtime, load_model
 from quant import IntegerUNet
 
@@ -42,7 +41,7 @@ class DrawConfig(SamplerConfig):
 @dataclass
 class SampleConfig(DrawConfig):
     output: Path = Path("samples.npy")
-    """.npy: uint8 (N, 28, 28). .png: a picture of them."""
+    """.npy: uint8 (N, H, W), or (N, H, W, C) of colours. .png: a picture of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,18 +50,20 @@ class SampleConfig(DrawConfig):
 
 
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
-    """The model's images uint8 (num_images, 28, 28) as `config` says, and the seconds that they took."""
+    """The model's images uint8 (num_images, H, W) or (…, C) as `config` says, and the seconds that they took."""
     if isinstance(model.denoiser, IntegerUNet):
         print(f"{model.name} runs on integers: {model.denoiser.core.isa}")
+    solver = model.solver(config)
     start, device = time.monotonic(), model.denoiser.device
     with progress(f"sampling {model.name}", config.num_images) as advance:
-        images = sample(model.denoiser, config, config.num_images, config.seed, config.batch_size, device, advance)
+        images = sample(model.denoiser, solver, config.num_images, config.seed, config.batch_size, device, advance)
     return images, time.monotonic() - start
 
 
 def write_samples(config: SampleConfig) -> Path:
     """Draw images with a model, as an array (.npy) or a picture (.png)."""
     model = load_model(config.model, config.runtime)
+    model.solver(config)  # refuses what does not fit
     prepare_output(config.output)
     images, _ = draw(model, config)
     content = io.BytesIO()
@@ -70,7 +71,7 @@ def write_samples(config: SampleConfig) -> Path:
         np.save(content, images.numpy())
     else:
         columns = max(1, round(config.num_images**0.5))
-        save_image(rearrange(images, "n h w -> n 1 h w").float() / 255, content, nrow=columns, format="png")
+        save_image((to_float(images) + 1) / 2, content, nrow=columns, format="png")
     write_bytes(config.output, content.getvalue())
     print(f"{len(images)} images of {config.model} in {config.output}")
     return config.output

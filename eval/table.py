@@ -1,4 +1,4 @@
-"""One table of many scores: means and spreads over the distillations of each model."""
+"""Scores in tables: means and spreads over the distillations of each model."""
 
 import math
 import statistics
@@ -25,6 +25,11 @@ class Row:
     fid_to_teacher: float
     milliseconds: float
     """Per image."""
+
+
+def number(score: float | None, digits: int) -> str:
+    """A score in a table; "–" where the ruler does not measure it."""
+    return "–" if score is None else f"{score:.{digits}f}"
 
 
 def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The training of the feature network: a classifier of digits."""
+"""The training of a ruler's feature network: a classifier of digits, or of what another set shows."""
 
 import time
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
-from ddpm_mnist.data import load_mnist
+from ddpm_mnist.data import LABELLED, load_labelled
 from ddpm_mnist.runs import prepare_output, write_json
 from eval.features import FeatureNetwork, extract, features_digest, reference_statistics
 from eval.metrics import fid_to_reference, kid
@@ -19,10 +20,12 @@ from eval.metrics import fid_to_reference, kid
 
 @dataclass
 class FeaturesConfig:
+    data: str = "mnist"
+    """The images, with labels: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"."""
     output: Path = Path("runs/features")
     """Folder for features.safetensors, reference.safetensors, features.json and config.yaml."""
     epochs: int = 8
-    """Passes over the 60,000 training images."""
+    """Passes over the training images."""
     batch_size: int = 128
     """Images per update."""
     learning_rate: float = 3e-3
@@ -31,24 +34,26 @@ class FeaturesConfig:
     """Seeds the initial weights, the order of the images and their augmentation."""
 
     def __post_init__(self) -> None:
-        if self.batch_size > 60_000:
-            raise ValueError(f"batch_size must be at most 60000, not {self.batch_size}")
+        if self.data not in LABELLED:
+            raise ValueError(f'data must have labels, as {", ".join(LABELLED)} have, not "{self.data}"')
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 def train_features(config: FeaturesConfig) -> Path:
-    """Train the network on the 60,000 training images; the 10,000 test images only measure it, once, at the end.
+    """Train the network on the training images of `data`; the test images only measure it, once, at the end.
 
     Raises:
-        InputError: MNIST cannot be had.
+        InputError: the data cannot be had, or are fewer than a batch.
     """
     prepare_output(config.output / "features.json")
-    images, labels = load_mnist("train")
+    images, labels = load_labelled(config.data, "train")
+    if len(images) < config.batch_size:
+        raise InputError(f"batch_size must be at most the {len(images)} training images, not {config.batch_size}")
     start = time.monotonic()
     torch.manual_seed(config.seed)
-    network = FeatureNetwork()
+    network = FeatureNetwork(int(labels.max()) + 1)
     augment = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.01)
     total = config.epochs * (len(images) // config.batch_size)
@@ -69,17 +74,17 @@ def train_features(config: FeaturesConfig) -> Path:
     reference = reference_statistics(extract(network, images)[0])
     save_file(network.state_dict(), config.output / "features.safetensors")
     digest = features_digest(config.output)
-    save_file(reference, config.output / "reference.safetensors", metadata={"features": digest})
+    save_file(reference, config.output / "reference.safetensors", metadata={"features": digest, "data": config.data})
     save_config(config, config.output / "config.yaml")
-    record = {**describe(network, reference), "seconds": round(time.monotonic() - start)}
+    record = {**describe(network, reference, config.data), "seconds": round(time.monotonic() - start)}
     write_json(config.output / "features.json", record)
     print(record)
     return config.output
 
 
-def describe(network: FeatureNetwork, reference: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Accuracy on MNIST's 10,000 test images, and their FID and KID: the floor that no model can be expected below."""
-    images, labels = load_mnist("test")
+def describe(network: FeatureNetwork, reference: dict[str, torch.Tensor], data: str) -> dict[str, float]:
+    """Accuracy on the test images of `data`, and their FID and KID: the floor that no model can be expected below."""
+    images, labels = load_labelled(data, "test")
     features, logits = extract(network, images)
     return {
         "test_accuracy": (logits.argmax(1) == labels).double().mean().item(),

@@ -29,12 +29,16 @@ LEARNING_RATES = {"weight_scale": 1e-6, "act_scale": 5e-4, "act_zero_point": 5e-
 
 @torch.no_grad()
 def published_start(
-    unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int], states: Mapping[int, Tensor]
+    unet: UNet2DModel,
+    config: QuantConfig,
+    timesteps: Sequence[int],
+    states: Mapping[int, Tensor],
+    **conditions: Tensor,
 ) -> QuantizedUNet:
     """A calibrated student whose steps all start alike, on weights that are rounded already."""
     config = dataclasses.replace(config, bias_correction=False)
     common = quantize(unet, dataclasses.replace(config, per_step=False), timesteps)
-    calibrate(common, states)
+    calibrate(common, states, **conditions)
     student = quantize(unet, config, timesteps)
     for (_, layer), (_, source) in zip(student.layers(), common.layers(), strict=True):
         layer.weight.copy_(layer.weight_quantizer(layer.weight))

@@ -29,9 +29,9 @@ COMMANDS = {
     "grid": Command("eval.grid", "draw_models", "GridConfig", "Draw a row of images per model, from the same noise"),
     "export": Command("eval.export", "export", "ExportConfig", "Write a student in its real bits, or a model as ONNX"),
     "bench": Command("eval.bench", "benchmark", "BenchConfig", "Time every runtime side by side"),
-    "teacher": Command("ddpm_mnist.train", "train_teacher", "TeacherConfig", "Train the teacher (needs MNIST)"),
+    "teacher": Command("ddpm_mnist.train", "train_teacher", "TeacherConfig", "Train a teacher on images"),
     "features": Command(
-        "eval.train_features", "train_features", "FeaturesConfig", "Train the scores' feature network (needs MNIST)"
+        "eval.train_features", "train_features", "FeaturesConfig", "Train a ruler: the feature network of the scores"
     ),
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ class DistillConfig:
     objective: str = "rollout"
     """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7), over
     mixed timesteps; "per-step-in-order": one timestep per update, in the order of the denoising, as published.
-    "denoising": DDPM's own loss on MNIST instead (needs the data), at the sampler's timesteps, to compare with."""
+    "denoising": DDPM's own loss on images instead (needs the data), at the sampler's timesteps, to compare with."""
     learn: str = "adapters"
     """"adapters": B·A beside the frozen weights (QALoRA). "weights": all weights, biases and normalisations."""
     num_updates: int = 400
@@ -75,7 +75,7 @@ class DistillConfig:
 
 def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: int) -> tuple[Tensor, Tensor]:
     """The trajectories and the steps, each long (batch_size,), that the update of that number looks at."""
-    count, num_steps = buffer.eps.shape[:2]
+    count, num_steps = buffer.answers.shape[:2]
     in_order = config.objective == "per-step-in-order"  # one pass of T updates follows the same trajectories
     generator = update_generator(seed, update // num_steps if in_order else update)
     who = torch.randint(count, (config.batch_size,), generator=generator)
@@ -92,9 +92,13 @@ def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: i
 
 
 def per_step_loss(student: QuantizedUNet, solver: Solver, buffer: Trajectories, who: Tensor, step: Tensor) -> Tensor:
-    """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over the batch."""
-    eps = student(buffer.x[who, step], solver.timesteps.to(step.device)[step]).sample
-    return (eps - buffer.eps[who, step]).square().mean()
+    """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over the batch; v or x0 where that is the answer."""
+    answer = solver.ask(student, step, buffer.x[who, step], _labels(buffer, who))
+    return (answer - buffer.answers[who, step]).square().mean()
+
+
+def _labels(buffer: Trajectories, who: Tensor) -> Tensor | None:
+    return None if buffer.labels is None else buffer.labels[who]
 
 
 def rollout_loss(
@@ -107,12 +111,11 @@ def rollout_loss(
     """
     before = (step - 1).clamp(min=0)
     x = buffer.x[who, step]
-    x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.eps[who, before])
-    timesteps = solver.timesteps.to(step.device)
+    x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.answers[who, before])
     losses = []
     with student.shared_weights():
         for _ in range(rollout_steps):
-            x0 = solver.predict_x0(step, x, student(x, timesteps[step]).sample)
+            x0 = solver.predict_x0(step, x, solver.ask(student, step, x, _labels(buffer, who)))
             x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
             losses.append((x - buffer.x[who, step]).square().mean((1, 2, 3)).mean())
     return torch.stack(losses).mean()
@@ -124,16 +127,17 @@ def denoising_loss(
     """‖ε − ε̂(√ᾱ_t·x₀ + √(1−ᾱ_t)·ε, t)‖² (DDPM, arXiv 2006.11239, eq. 14) at the sampler's timesteps.
 
     Args:
-        images: MNIST's, uint8 (M, 28, 28).
+        images: uint8 (M, H, W) or (M, H, W, C), without classes.
     """
     generator = update_generator(seed, update)
     who = torch.randint(len(images), (config.batch_size,), generator=generator)
     step = torch.randint(len(solver.timesteps), (config.batch_size,), generator=generator)
     x0 = to_float(images[who])
     eps = torch.randn(x0.shape, generator=generator)
-    x, t = solver.add_noise(step, x0, eps), solver.timesteps[step]
+    x, target = solver.add_noise(step, x0, eps), solver.target(step, x0, eps)
     device = next(student.parameters()).device
-    return (student(x.to(device), t.to(device)).sample - eps.to(device)).square().mean()
+    answer = solver.ask(student, step.to(device), x.to(device), None)
+    return (answer - target.to(device)).square().mean()
 
 
 def distillation_loss(
@@ -151,9 +155,14 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
 
     Under Adam a factor on the gradient changes nothing, so the update of B·A is kept in proportion to the layer's
     mean weight step size s̄ (scale-aware, EfficientDM, eq. 8) by its learning rate, one per layer.
+
+    Raises:
+        ValueError: the student is frozen.
     """
+    if any(layer.codes is not None for _, layer in student.layers()):
+        raise ValueError("a frozen student learns no more: take the student that was frozen")
     student.requires_grad_(False)
-    groups = []
+    groups: list[dict[str, Any]] = []
 
     def learn(name: str, parameters: list[nn.Parameter], lr: float, floor: float | None = None) -> None:
         if lr > 0:
@@ -197,7 +206,7 @@ def distill(
     """Train `student` in place on the teacher's `buffer`, or go on from the state in `run`.
 
     Args:
-        images: MNIST's, uint8 (M, 28, 28), for the objective "denoising" alone.
+        images: uint8 (M, H, W) or (M, H, W, C), for the objective "denoising" alone.
     """
 
     def loss(update: int) -> Tensor:

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from ddpm_mnist import InputError
 from ddpm_mnist.runs import progress
-from ddpm_mnist.sampler import SamplerConfig, sample, to_float
+from ddpm_mnist.sampler import Solver, choose_labels, sample, to_float
 from eval.models import runnable
 from quant import QuantizedUNet
 
 # Gains that are tried, in this order, until no more noise is left than in the teacher's images.
 GAINS = tuple(step / 100 for step in range(11))
-# The timestep at which the teacher looks at finished images, whatever the number of steps that made them: little noise.
-LOOK_AT = 49
 
 
 class Matched(NamedTuple):
@@ -35,7 +33,7 @@ class Matched(NamedTuple):
 def match_noise(
     student: QuantizedUNet,
     teacher: UNet2DModel,
-    sampler: SamplerConfig,
+    solver: Solver,
     teacher_images: Tensor,
     seed: int,
     runtime: str,
@@ -51,22 +49,24 @@ def match_noise(
     enough, it gets the one that comes nearest.
 
     Args:
-        sampler: the student's.
-        teacher_images: uint8 (N, 28, 28), what the teacher draws from the noises of `seed` on.
+        solver: the student's sampler, of a teacher that answers ε.
+        teacher_images: uint8 (N, H, W) or (N, H, W, C), what the teacher draws from the noises of `seed` on.
         runtime: how the student samples, one of `eval.models.RUNTIMES`.
 
     Raises:
         InputError: the teacher sees no noise at all.
     """
-    goal = noise_left(teacher, teacher_images)
+    labels = choose_labels(teacher, solver.config, range(seed, seed + len(teacher_images)))
+    look_at = max(solver.schedule.num_train_timesteps // 20 - 1, 0)  # little noise, whatever the number of steps
+    goal = noise_left(teacher, teacher_images, look_at, labels)
     if not goal > 0:
         raise InputError("the teacher sees no noise in its own images: gain_images must be 0")
     tried: dict[float, float] = {}
     with progress("matching the noise that is left", len(GAINS)) as advance:
         for gain in GAINS:
             denoiser = runnable(scaled(student, 1 + gain), runtime)
-            images = sample(denoiser, sampler, len(teacher_images), seed, batch_size, denoiser.device)
-            tried[gain] = noise_left(teacher, images) / goal
+            images = sample(denoiser, solver, len(teacher_images), seed, batch_size, denoiser.device)
+            tried[gain] = noise_left(teacher, images, look_at, labels) / goal
             advance(len(tried), f"gain {gain:.2f}: {tried[gain]:.3f} of the teacher's")
             if tried[gain] <= 1:
                 break
@@ -95,7 +95,11 @@ def scaled(student: QuantizedUNet, factor: float) -> QuantizedUNet:
 
 
 @torch.no_grad()
-def noise_left(teacher: UNet2DModel, images: Tensor) -> float:
-    """Mean square of the ε that the teacher sees in `images`, uint8 (N, 28, 28), at the timestep `LOOK_AT`."""
-    squares = [teacher(to_float(batch).to(teacher.device), LOOK_AT).sample.square().sum() for batch in images.split(64)]
-    return torch.stack(squares).double().sum().item() / images.numel()
+def noise_left(teacher: UNet2DModel, images: Tensor, t: int, labels: Tensor | None = None) -> float:
+    """Mean square of the ε that the teacher sees at the timestep t in `images`, uint8 (N, H, W) or (N, H, W, C)."""
+    total, device = 0.0, teacher.device
+    for start in range(0, len(images), 64):
+        part = slice(start, start + 64)
+        given = () if labels is None else (labels[part].to(device),)
+        total += teacher(to_float(images[part]).to(device), t, *given).sample.square().sum().item()
+    return total / images.numel()

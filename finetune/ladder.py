@@ -14,8 +14,9 @@ import torch
 from ddpm_mnist import InputError
 from ddpm_mnist.noise import STREAM
 from ddpm_mnist.runs import RunState, write_bytes, write_json, write_text
-from ddpm_mnist.sampler import Solver, to_uint8
+from ddpm_mnist.sampler import to_uint8
 from eval import plots
+from eval.features import Ruler, load_ruler
 from eval.fid import score_images
 from eval.grid import fid_label
 from eval.models import Model, load_model
@@ -149,13 +150,21 @@ def climb(config: LadderConfig) -> Path:
     Raises:
         InputError: no such teacher, or a rung's folder belongs to another configuration.
     """
-    base, teacher = config.base, load_teacher(config.base.teacher)
+    base, teacher, ruler = config.base, load_teacher(config.base.teacher), load_ruler(config.base.features)
+    _refuse_unmeasured(teacher, ruler)
+    for num_steps in (0, *config.teacher_steps):
+        teacher.solver(_drawing(base, num_steps))  # refuses what does not fit, before anything long starts
+    for name in config.rungs:
+        teacher.solver(rung_config(base, name, config.output).sampler)
+        teacher.solver(_drawing(base, RUNGS[name].num_steps))
     reference, _ = _images(config.output / "teacher", teacher, _drawing(base, 0))
     scores = []
     for num_steps in (0, *config.teacher_steps):
         name = f"teacher-{num_steps}-steps" if num_steps else "teacher"
         folder = config.output / name
-        scores.append(_score(folder, dataclasses.replace(teacher, name=name), _drawing(base, num_steps), reference))
+        scores.append(
+            _score(folder, dataclasses.replace(teacher, name=name), _drawing(base, num_steps), reference, ruler)
+        )
     for name in config.rungs:
         rung = RUNGS[name]
         for number in range(config.seeds if rung.repeated else 1):
@@ -166,13 +175,22 @@ def climb(config: LadderConfig) -> Path:
             if not (run.output / "config.json").exists():
                 distill_student(run)
             student = load_model(str(run.output), run.runtime)
-            score = _score(folder, dataclasses.replace(student, name=name), _drawing(base, rung.num_steps), reference)
+            score = _score(
+                folder, dataclasses.replace(student, name=name), _drawing(base, rung.num_steps), reference, ruler
+            )
             scores.append({**score, "distillation_seed": run.seed})
         _write_tables(config, scores)
     _write_pictures(config, teacher, scores)
     table = config.output / "ladder.md"
     print(table.read_text())
     return table
+
+
+def _refuse_unmeasured(teacher: Model, ruler: Ruler) -> None:
+    if ruler.reference is None or (ruler.shape is not None and teacher.shape != (1, *ruler.shape)):
+        raise InputError(
+            f"the ruler {ruler.digest} has no FID of images of {teacher.shape}: base.features names another"
+        )
 
 
 def rung_config(base: RunConfig, name: str, output: Path, number: int = 0) -> RunConfig:
@@ -193,9 +211,9 @@ def rung_config(base: RunConfig, name: str, output: Path, number: int = 0) -> Ru
 
 def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
     """How the images of a rung are drawn, in `num_steps` or, if that is 0, the base's."""
+    sampler = dataclasses.asdict(base.sampler)
     return DrawConfig(
-        base.sampler.solver,
-        num_steps or base.sampler.num_steps,
+        **{**sampler, "num_steps": num_steps or base.sampler.num_steps},
         num_images=base.num_images,
         seed=base.score_seed,
         batch_size=base.batch_size,
@@ -218,16 +236,16 @@ def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tens
     return saved["images"], saved["seconds"]
 
 
-def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor) -> dict[str, Any]:
+def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor, ruler: Ruler) -> dict[str, Any]:
     """The model's score against the teacher's images `reference`, measured once and kept in `folder`."""
     path, origin = folder / "metrics.json", {"weights": model.weights_digest(), "noise": STREAM}
     if not path.exists():
         images, seconds = _images(folder, model, drawing)
-        score = dataclasses.asdict(score_images(model, images, seconds, reference, drawing))
+        score = dataclasses.asdict(score_images(model, images, seconds, reference, drawing, ruler))
         write_json(path, {**score, **origin})
     score = json.loads(path.read_text())
     now = {name: getattr(drawing, name) for name in ("num_images", "num_steps", "seed", "solver")}
-    for name, value in {**now, "runtime": model.runtime, **origin}.items():
+    for name, value in {**now, "runtime": model.runtime, "features": ruler.digest, **origin}.items():
         if score.get(name) != value:
             then = score.get(name)
             raise InputError(f"{path} has {name} = {then}, now it is {value}: delete it and {folder / IMAGES}")
@@ -260,7 +278,7 @@ def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str,
         grid.append((label, images[: base.grid_columns]))
         if row.num_steps == base.sampler.num_steps:
             # From noise that neither scoring nor, unless it was asked for this very seed, distillation uses.
-            solver, at = Solver(base.sampler), model.denoiser.device
+            solver, at = teacher.solver(base.sampler), model.denoiser.device
             trajectories = make_trajectories(model.denoiser, solver, PATHS, MAX_SEED, device=at)
             label = f"{row.name} · {row.bits}"
             paths[label] = trajectories.x.cpu()

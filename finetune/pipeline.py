@@ -11,10 +11,11 @@ import torch
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
-from ddpm_mnist.data import load_mnist
+from ddpm_mnist.data import load_images
 from ddpm_mnist.noise import STREAM
 from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_json
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, make_scheduler, sample
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, choose_labels, make_scheduler, sample, to_float
+from eval.features import load_ruler
 from eval.fid import print_scores, score_images
 from eval.grid import fid_label, row_label
 from eval.models import Model, check_runtime, device, load_model, runnable
@@ -26,6 +27,8 @@ from finetune.distill import DistillConfig, distill
 from finetune.gain import match_noise
 from finetune.trajectories import MAX_SEED, NOISES, Trajectories, held_out_noise, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
+from quant.integer.program import refuse_unsupported
+from quant.structure import check_structure
 from quant.summary import shares, summarise
 
 
@@ -51,11 +54,16 @@ class RunConfig:
     calibration_trajectories: int = 64
     """How many of them the calibration of the activations looks at."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    data: str = "mnist"
+    """For distill.objective "denoising" alone: the images, as the teacher's config names them."""
     gain_images: int = 512
     """Images of student and teacher in which the noise that is left is compared after the distillation, to scale the
     student's ε (finetune/gain.py); 0 leaves it as it is."""
     num_images: int = 2000
     """Images to score each model on."""
+    features: str | None = None
+    """The ruler: a folder of `efficientdm features`, or "inception". None: the released one, of MNIST. Images that it
+    does not fit are compared with the teacher's alone."""
     score_seed: int = 0
     """The first seed of the images that are scored."""
     batch_size: int = 64
@@ -91,10 +99,6 @@ class RunConfig:
             raise ValueError(f"score_seed must lie in 0…2^31 - num_images, not {self.score_seed}")
         if self.distill.rollout_steps > self.sampler.num_steps and self.distill.objective == "rollout":
             raise ValueError(f"distill.rollout_steps must be at most sampler.num_steps, {self.sampler.num_steps}")
-        if self.teacher_steps > 1:
-            fine = Solver(self.teacher_sampler).timesteps[:: self.teacher_steps]
-            if not torch.equal(fine, Solver(self.sampler).timesteps):
-                raise ValueError(f"teacher_steps {self.teacher_steps}: the student's timesteps are not the teacher's")
         if self.sampler.eta:
             raise ValueError("sampler.eta must be 0: distillation needs the teacher's exact trajectory")
 
@@ -102,7 +106,7 @@ class RunConfig:
     def teacher_sampler(self) -> SamplerConfig:
         """How the teacher fills the buffer."""
         if self.recipe == "published":
-            return SamplerConfig("ddim", self.sampler.num_steps, eta=1.0)
+            return dataclasses.replace(self.sampler, solver="ddim", eta=1.0)
         return dataclasses.replace(self.sampler, num_steps=self.sampler.num_steps * self.teacher_steps)
 
 
@@ -142,29 +146,27 @@ def distill_student(config: RunConfig) -> Made:
             belongs to another configuration.
     """
     teacher = load_teacher(config.teacher)
+    solver, teacher_solver = teacher.solver(config.sampler), teacher.solver(config.teacher_sampler)
+    _refuse_unsupported(config, teacher, solver, teacher_solver)
+    images = _training_images(config, teacher) if _uses_data(config) else None
     run = RunState(config.output, fingerprint(config, teacher))
     save_config(config, config.output / "config.yaml")
-    images = load_mnist("train")[0] if config.distill.objective == "denoising" else None
-    solver = Solver(config.sampler)
     stopwatch = _Stopwatch()
     drawn = dataclasses.astuple(config.teacher_sampler)
-    buffer = _trajectories(config.teacher, *drawn, config.num_trajectories, config.seed, config.batch_size)
+    buffer = _trajectories(config.teacher, drawn, config.num_trajectories, config.seed, config.batch_size)
     buffer = buffer.every(config.teacher_steps)
     stopwatch.lap("trajectories")
 
     torch.manual_seed(config.seed)
     timesteps = solver.timesteps.tolist()
     states = calibration_states(buffer, solver, config.calibration_trajectories)
+    conditions = {} if buffer.labels is None else {"class_labels": buffer.labels[: config.calibration_trajectories]}
     if config.recipe == "published":
-        ptq = published_start(teacher.denoiser, config.student, timesteps, states)
+        ptq = published_start(teacher.denoiser, config.student, timesteps, states, **conditions)
     else:
         ptq = quantize(teacher.denoiser, config.student, timesteps)
-        calibrate(ptq, states)
+        calibrate(ptq, states, **conditions)
     frozen_ptq = freeze(ptq)
-    try:
-        runnable(frozen_ptq, config.runtime)
-    except ValueError as error:
-        raise InputError(f'the student cannot run as "{config.runtime}": {error}') from error
     stopwatch.lap("calibration")
 
     student = copy.deepcopy(ptq)
@@ -174,39 +176,60 @@ def distill_student(config: RunConfig) -> Made:
         distill(student, solver, buffer, config.distill, run, config.seed, images)
     stopwatch.lap("distillation")
     student, gain = freeze(student), 0.0
-    if config.gain_images:
+    if config.gain_images and teacher.schedule.prediction_type != "epsilon":
+        print(f"No gain: it is a factor on ε, and {config.teacher} answers {teacher.schedule.prediction_type}.")
+    elif config.gain_images:
         noise = held_out_noise(config.seed, config.gain_images)
-        goal = _teacher_images(config.teacher, *drawn, config.gain_images, noise, config.batch_size)
-        matched = match_noise(student, teacher.denoiser, config.sampler, goal, noise, config.runtime, config.batch_size)
+        goal = _teacher_images(config.teacher, drawn, config.gain_images, noise, config.batch_size)
+        matched = match_noise(student, teacher.denoiser, solver, goal, noise, config.runtime, config.batch_size)
         student, gain = matched.student, matched.gain
         write_json(config.output / "gain.json", matched.record())
     stopwatch.lap("gain")
     student.save_pretrained(config.output)
-    make_scheduler(config.sampler).save_pretrained(config.output / "scheduler")
+    make_scheduler(config.sampler, teacher.schedule).save_pretrained(config.output / "scheduler")
     return Made(teacher, frozen_ptq, student, gain, stopwatch.seconds)
 
 
+def _refuse_unsupported(config: RunConfig, teacher: Model, solver: Solver, teacher_solver: Solver) -> None:
+    """InputError for what would fail after the long part."""
+    try:
+        check_structure(teacher.denoiser)
+        if config.runtime == "integer":
+            refuse_unsupported(teacher.denoiser)
+    except ValueError as error:
+        raise InputError(f'no student of "{config.teacher}" as runtime "{config.runtime}": {error}') from error
+    fine = teacher_solver.timesteps[:: config.teacher_steps]
+    if not torch.equal(fine, solver.timesteps):
+        raise InputError(f"teacher_steps {config.teacher_steps}: the student's timesteps are not the teacher's")
+
+
+def _training_images(config: RunConfig, teacher: Model) -> torch.Tensor:
+    """What the objective "denoising" learns from; InputError where it does not fit the teacher."""
+    images = load_images(config.data)
+    if choose_labels(teacher.denoiser, config.sampler, range(1)) is not None:
+        raise InputError('distill.objective "denoising" is for teachers without classes')
+    if (shape := tuple(to_float(images[:1]).shape[1:])) != teacher.shape:
+        raise InputError(f"data: {config.data} has images of {shape}, the teacher draws {teacher.shape}")
+    return images
+
+
 @lru_cache(maxsize=3)  # the rungs of a ladder share them, seed by seed
-def _trajectories(
-    teacher: str, solver: str, num_steps: int, eta: float, count: int, seed: int, batch_size: int
-) -> Trajectories:
-    denoiser = load_model(teacher).denoiser
+def _trajectories(teacher: str, sampler: tuple, count: int, seed: int, batch_size: int) -> Trajectories:
+    model = load_model(teacher)
     with progress("teacher's trajectories", count) as advance:
-        options = SamplerConfig(solver, num_steps, eta)
-        return make_trajectories(denoiser, Solver(options), count, seed, batch_size, device(), advance)
+        solver = model.solver(SamplerConfig(*sampler))
+        return make_trajectories(model.denoiser, solver, count, seed, batch_size, device(), advance)
 
 
 @lru_cache(maxsize=3)
-def _teacher_images(
-    teacher: str, solver: str, num_steps: int, eta: float, count: int, seed: int, batch_size: int
-) -> torch.Tensor:
-    denoiser, options = load_model(teacher).denoiser, SamplerConfig(solver, num_steps, eta)
+def _teacher_images(teacher: str, sampler: tuple, count: int, seed: int, batch_size: int) -> torch.Tensor:
+    model = load_model(teacher)
     with progress("teacher's images", count) as advance:
-        return sample(denoiser, options, count, seed, batch_size, device(), advance)
+        return sample(model.denoiser, model.solver(SamplerConfig(*sampler)), count, seed, batch_size, device(), advance)
 
 
 def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict[int, torch.Tensor]:
-    """The first `count` trajectories' states x_t (count, 1, 28, 28) at each timestep t of the solver."""
+    """The first `count` trajectories' states x_t (count, C, H, W) at each timestep t of the solver."""
     return {t: buffer.x[:count, step] for step, t in enumerate(solver.timesteps.tolist())}
 
 
@@ -219,12 +242,13 @@ def run(config: RunConfig) -> Path:
     Raises:
         InputError: no such teacher, or the folder belongs to another configuration.
     """
+    ruler = load_ruler(config.features)
     made = distill_student(config)
     bits = config.student.weight_bits, config.student.act_bits
     models = [
-        Model("teacher", made.teacher.denoiser),
-        Model("ptq", runnable(made.ptq, config.runtime), *bits),
-        Model("student", runnable(made.student, config.runtime), *bits),
+        dataclasses.replace(made.teacher, name="teacher"),
+        Model("ptq", runnable(made.ptq, config.runtime), made.teacher.schedule, *bits),
+        Model("student", runnable(made.student, config.runtime), made.teacher.schedule, *bits),
     ]
     drawing = DrawConfig(
         **dataclasses.asdict(config.sampler),
@@ -237,12 +261,15 @@ def run(config: RunConfig) -> Path:
     teacher_images, _ = drawn[0]
     scores, rows = [], []
     for model, (images, seconds) in zip(models, drawn, strict=True):
-        scores.append(score_images(model, images, seconds, teacher_images, drawing))
-        label = row_label(model, fid_label(scores[-1].fid, config.num_images))
+        scores.append(score_images(model, images, seconds, teacher_images, drawing, ruler))
+        fid = scores[-1].fid
+        label = row_label(model, "" if fid is None else fid_label(fid, config.num_images))
         rows.append((label, images[: config.grid_columns]))
     write_json(config.output / "metrics.json", [dataclasses.asdict(score) for score in scores])
 
-    layers = summarise(made.student, (1, 28, 28))
+    labels = choose_labels(made.student, config.sampler, range(1))
+    conditions = {} if labels is None else {"class_labels": labels.to(made.student.device)}
+    layers = summarise(made.student, made.teacher.shape, **conditions)
     log = read_log(config.output / "log.jsonl")
     names, quantizers = zip(*((name, layer.act_quantizer) for name, layer in made.student.layers()), strict=True)
     figures = {
@@ -273,15 +300,16 @@ def run(config: RunConfig) -> Path:
 def fingerprint(config: RunConfig, teacher: Model) -> dict:
     """What decides the student: its part of the configuration, the teacher's very weights, and where noise is from."""
     fields = dataclasses.asdict(config)
-    for free in ("output", "teacher", "num_images", "score_seed", "grid_columns"):
+    for free in ("output", "teacher", "num_images", "features", "score_seed", "grid_columns"):
         del fields[free]
     for free in ("log_every", "save_every"):
         del fields["distill"][free]
-    return {**fields, "teacher's weights": teacher.weights_digest(), "noise": STREAM}
+    schedule = {"teacher's scheduler": dict(teacher.schedule.fields), "noise": STREAM}
+    return {**fields, "teacher's weights": teacher.weights_digest(), **schedule}
 
 
 def _title(config: RunConfig, bits: str) -> str:
-    return f"{bits} student, " + ("trained on MNIST" if _uses_data(config) else "distilled without data")
+    return f"{bits} student, " + (f"trained on {config.data}" if _uses_data(config) else "distilled without data")
 
 
 def _uses_data(config: RunConfig) -> bool:
@@ -303,7 +331,7 @@ def _facts(config: RunConfig, made: Made, distillation: float) -> list[str]:
     return [
         f"The teacher denoised {config.num_trajectories} noises with {config.teacher_sampler.solver} in "
         f"{config.teacher_sampler.num_steps} steps ({seconds['trajectories']:.0f} s). "
-        + ("The student learned on MNIST itself." if _uses_data(config) else "No data was used."),
+        + (f"The student learned on {config.data} itself." if _uses_data(config) else "No data was used."),
         f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last "
         f"convolution{shortcut} and time embedding {bits.edge_bits} bits. Activation ranges were set {ranges} on "
         f"{config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",

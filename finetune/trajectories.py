@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_mnist.sampler import SEED_LIMIT, Denoiser, Solver, batches, denoise
+from ddpm_mnist.sampler import SEED_LIMIT, Denoiser, Solver, batches, choose_labels, denoise
 
 # Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31; from there on each buffer has a
 # range of its own. What learns from the buffer is tested on the last noises of its range.
@@ -19,16 +19,18 @@ class Trajectories:
     """M trajectories of T steps.
 
     Attributes:
-        x: float (M, T + 1, 1, 28, 28), the states from noise (0) to image (T).
-        eps: float (M, T, 1, 28, 28), the teacher's answer at each state but the last.
+        x: float (M, T + 1, C, H, W), the states from noise (0) to image (T).
+        answers: float (M, T, C, H, W), the teacher's answer at each state but the last, guided if the sampler says so.
+        labels: long (M,), the classes; None for a model without.
     """
 
     x: Tensor
-    eps: Tensor
+    answers: Tensor
+    labels: Tensor | None = None
 
     def every(self, stride: int) -> "Trajectories":
         """The states after every `stride` steps, for a student whose step is as long as that."""
-        return Trajectories(self.x[:, ::stride], self.eps[:, ::stride])
+        return Trajectories(self.x[:, ::stride], self.answers[:, ::stride], self.labels)
 
 
 def first_noise(seed: int) -> int:
@@ -56,10 +58,11 @@ def make_trajectories(
         count: M, at most 2^18.
         seed: 0 … 2^13 - 1; each has a range of noises of its own, which no scoring uses.
     """
-    states, answers = [], []
-    for seeds in batches(first_noise(seed), count, batch_size):
+    states, answers, first = [], [], first_noise(seed)
+    for seeds in batches(first, count, batch_size):
         steps = list(denoise(teacher, solver, seeds, device))
         states.append(torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1))
-        answers.append(torch.stack([step.eps for step in steps], dim=1))
+        answers.append(torch.stack([step.answer for step in steps], dim=1))
         progress(sum(map(len, states)))
-    return Trajectories(torch.cat(states), torch.cat(answers))
+    labels = choose_labels(teacher, solver.config, range(first, first + count))
+    return Trajectories(torch.cat(states), torch.cat(answers), None if labels is None else labels.to(device))

@@ -1,73 +1,111 @@
 """Activation ranges from the float network's own activations, one denoising step at a time; then the biases."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.convert import QuantizedUNet
-from quant.quantizers import ActivationQuantizer, WeightQuantizer
+from quant.quantizers import ActivationQuantizer, WeightQuantizer, as_number
 
-# Values of each layer and denoising step that the search for a range looks at: the extremes, and a random sample.
-VALUES_PER_STEP = 16_384
+# Values of each layer that the search for a range looks at: the extremes, and a random sample. Of every denoising step,
+# or of all together where one range serves all.
+VALUES = 16_384
 
-# States of each denoising step that the correction of the biases looks at; all steps go through together.
+# States of each denoising step that the correction of the biases looks at.
 STATES_PER_STEP = 16
 
 
 @torch.no_grad()
-def calibrate(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
+def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: Tensor) -> None:
     """Initialise `model`'s activation step sizes and zero points from each step's own activations; correct its biases.
 
     Quantization shifts the mean of a layer's output. Each bias takes the shift back (arXiv 1906.04721, section
-    4.2), layer after layer, so that a layer sees inputs that are corrected already. To be called once: a second call
-    would take the corrected biases for the float network's.
+    4.2), layer after layer, so that a layer sees inputs that are corrected already.
+
+    Of the activations nothing is kept: it takes little more memory than a forward pass of the states of one timestep.
 
     Args:
         states: for each of the clock's timesteps t, states x_t float (N, C, H, W).
+        conditions: further arguments of the network, a row for each of the N, such as class_labels (N,).
 
     Raises:
-        ValueError: the timesteps are not exactly the clock's.
+        ValueError: the timesteps are not exactly the clock's, or the model was calibrated or frozen before.
     """
-    if sorted(states) != sorted(model.clock.timesteps):
-        raise ValueError(f"calibration needs states at {model.clock.timesteps}, not at {list(states)}")
-    values: dict[Any, list[Tensor]] = {layer.act_quantizer: [] for _, layer in model.layers()}
+    by_time = {as_number(t): x.float() for t, x in states.items()}
+    if sorted(by_time) != sorted(model.clock.timesteps):
+        raise ValueError(f"calibration needs states at {model.clock.timesteps}, not at {list(by_time)}")
+    quantizers = [layer.act_quantizer for _, layer in model.layers()]
+    if any((quantizer.scale != 1).any() for quantizer in quantizers):
+        raise ValueError("this student is calibrated already; quantize its teacher anew")
+    training = model.training
+    model.eval()
+    try:
+        _set_ranges(model, by_time, conditions)
+        if model.quant_config.bias_correction:
+            _correct_biases(model, by_time, conditions)
+    finally:
+        model.train(training)
 
-    def collect(quantizer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+
+def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
+    quantizers = [layer.act_quantizer for _, layer in model.layers()]
+    per_step, search = model.quant_config.per_step, model.quant_config.search
+    count = VALUES if per_step else math.ceil(VALUES / len(states))
+    of_all_steps: dict[Any, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
+
+    def look(row: int, quantizer: Any, inputs: tuple[Tensor], _: Tensor) -> None:
         flat = inputs[0].flatten()
-        index = torch.randint(flat.numel(), (VALUES_PER_STEP - 2,), generator=torch.Generator().manual_seed(0))
-        values[quantizer].append(torch.cat([flat[index.to(flat.device)], torch.stack(flat.aminmax())]))
+        index = torch.randint(flat.numel(), (count - 2,), generator=torch.Generator().manual_seed(0))
+        values = torch.cat([flat[index.to(flat.device)], torch.stack(flat.aminmax())])
+        if per_step:
+            quantizer.initialise(values, search, row)
+        else:
+            of_all_steps[quantizer].append(values)
 
-    with _in_float(model), _hooks(values, collect):
-        for t in model.clock.timesteps:
-            model(states[t], t)
-    for quantizer, rows in values.items():
-        quantizer.initialise(torch.stack(rows), model.quant_config.search)
-    if model.quant_config.bias_correction:
-        _correct_biases(model, states)
+    with _in_float(model):
+        for row, t in enumerate(model.clock.timesteps):
+            with _hooks(quantizers, partial(look, row)):
+                model(states[t], t, **conditions)
+    for quantizer, values in of_all_steps.items():
+        if values:
+            quantizer.initialise(torch.cat(values), search)
 
 
-def _correct_biases(model: QuantizedUNet, states: Mapping[int, Tensor]) -> None:
-    some = {t: x[:STATES_PER_STEP] for t, x in states.items()}
-    x = torch.cat(list(some.values()))
-    t = torch.cat([torch.full((len(x_t),), t, device=x.device) for t, x_t in some.items()])
+def _correct_biases(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
+    """Over batches that mix the denoising steps, as large as the states of one: each bias takes the shifts' mean."""
+    size = len(next(iter(states.values())))
+    places = [(t, i) for t, x in states.items() for i in range(min(len(x), STATES_PER_STEP))]
+    num_batches = math.ceil(len(places) / size)
     layers = [layer for _, layer in model.layers()]
-    means: dict[nn.Module, Tensor] = {}
+    # In place from the start: small tensors that stay between large ones that go keep the memory of these.
+    means = {layer: layer.bias.new_empty(num_batches, len(layer.bias)) for layer in layers}
 
-    def remember(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
-        means[layer] = _channel_means(output)
+    def remember(number: int, layer: Any, _: tuple[Tensor], output: Tensor) -> None:
+        means[layer][number] = _channel_means(output)
 
-    def correct(layer: Any, _: tuple[Tensor], output: Tensor) -> Tensor:
-        shift = means[layer] - _channel_means(output)
+    def correct(number: int, layer: Any, _: tuple[Tensor], output: Tensor) -> Tensor:
+        shift = (means[layer][number] - _channel_means(output)) / (number + 1)  # a running mean over the batches
         layer.bias += shift
         return output + (shift[:, None, None] if output.dim() == 4 else shift)
 
-    with _in_float(model), _hooks(layers, remember):
-        model(x, t)
-    with _hooks(layers, correct):
-        model(x, t)
+    def run(number: int) -> None:
+        batch = places[number::num_batches]
+        x = torch.stack([states[t][i] for t, i in batch])
+        rows = {name: values[[i for _, i in batch]] for name, values in conditions.items()}
+        model(x, torch.tensor([t for t, _ in batch], device=x.device), **rows)
+
+    with _in_float(model):
+        for number in range(num_batches):
+            with _hooks(layers, partial(remember, number)):
+                run(number)
+    for number in range(num_batches):
+        with _hooks(layers, partial(correct, number)):
+            run(number)
 
 
 def _channel_means(x: Tensor) -> Tensor:

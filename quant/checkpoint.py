@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.packing import pack, unpack
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 

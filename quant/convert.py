@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,18 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
-from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
+from diffusers.models.unets.unet_2d_blocks import (
+    AttnUpBlock2D,
+    CrossAttnUpBlock2D,
+    ResnetUpsampleBlock2D,
+    UpBlock2D,
+)
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quant.checkpoint import read_checkpoint, write_checkpoint
+from quant.integer.program import refuse_unsupported
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
 from quant.quantizers import SMALLEST, Clock
+from quant.structure import check_structure, make
 
 # The tables of an activation quantizer, by their names in the state dict.
 ACT_TABLES = ("scale", "zero_point")
+
+# Where image, time and class enter and leave: the parts of `edge_bits`. The last two are in some networks only.
+EDGES = ("conv_in", "conv_out", "time_embedding", "class_embedding", "add_embedding")
+
+# Up-sampling blocks whose residual blocks each begin with the concatenation of a skip.
+SKIPPED_TO = (UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D, CrossAttnUpBlock2D)
 
 
 @dataclass
@@ -31,7 +44,7 @@ class QuantConfig:
     """Bits of the input of every convolution and linear layer, 2…8, but for the layers of `edge_bits`."""
     edge_bits: int = 8
     """Bits of weights and inputs where the image enters and leaves: the first and the last convolution, the shortcut
-    over the last skip; and of the time embedding. 2…8."""
+    over the last skip; and of the embeddings of time and class. 2…8."""
     rank: int = 8
     """Rank of the adapters of QALoRA."""
     per_step: bool = True
@@ -57,22 +70,29 @@ class QuantConfig:
 
 
 class QuantizedUNet(nn.Module):
-    """A denoiser of low bits: `eps = model(x_t, t).sample`, as the UNet that it was made from.
+    """A denoiser of low bits: `model(x_t, t).sample`, with the arguments of the UNet that it was made from.
 
     Sets the clock from t in each forward; samples of one batch may have different t. For a t between two of
-    `clock.timesteps` step sizes and zero points are interpolated.
+    `clock.timesteps` step sizes and zero points are interpolated. It computes in float32.
     """
 
-    def __init__(self, unet: UNet2DModel, config: QuantConfig, clock: Clock):
+    def __init__(self, unet: nn.Module, config: QuantConfig, clock: Clock):
         super().__init__()
-        self.unet = unet
+        self.unet: Any = unet
         self.quant_config = config
         self.clock = clock
 
     def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        self.clock.set(torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0]))
+        """Raises ValueError after a conversion to half precision, and under gradient checkpointing."""
+        if self.dtype != torch.float32:
+            raise ValueError(f"a student computes in float32, not in {self.dtype}: call .float() on it")
+        if self.unet.is_gradient_checkpointing:
+            raise ValueError("gradient checkpointing is not supported: it would ask the clock after the forward pass")
+        t = torch.as_tensor(timestep, device=sample.device)  # a number as it is: diffusers would cut it to an integer
+        t = (t.float() if t.is_floating_point() else t).reshape(-1).expand(sample.shape[0])
+        self.clock.set(t)
         try:
-            return self.unet(sample, timestep, *args, **kwargs)
+            return self.unet(sample, t, *args, **kwargs)
         finally:
             self.clock.unset()
 
@@ -130,13 +150,14 @@ class QuantizedUNet(nn.Module):
             ValueError: the model is not frozen.
         """
         bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in self.layers()}
-        tensors = {name: x.half() if x.is_floating_point() else x for name, x in self.unet.state_dict().items()}
+        tensors = {name: _in_half(x) for name, x in self.unet.state_dict().items()}
         if not bits.keys() <= tensors.keys():
             raise ValueError("only a frozen model has its weights as codes: call quant.freeze first")
         for table in ACT_TABLES:  # one tensor for all layers: a tensor's entry in the file is longer than T numbers
             names = [f"{name}.act_quantizer.{table}" for name, _ in self.layers()]
             tensors[f"act_quantizers.{table}"] = torch.stack([tensors.pop(name) for name in names])
         config = {
+            "class": type(self.unet).__name__,
             "unet": {key: value for key, value in self.config.items() if not key.startswith("_")},
             "quantization": dataclasses.asdict(self.quant_config),
             "timesteps": self.clock.timesteps,
@@ -152,7 +173,7 @@ class QuantizedUNet(nn.Module):
         """
         tensors, config = read_checkpoint(Path(folder))
         try:
-            unet = UNet2DModel.from_config(config["unet"])
+            unet = make(config["class"], config["unet"])
             model = _freeze(_convert(unet, QuantConfig(**config["quantization"]), config["timesteps"]))
             for table in ACT_TABLES:
                 rows = tensors.pop(f"act_quantizers.{table}")
@@ -166,23 +187,31 @@ class QuantizedUNet(nn.Module):
         return model
 
 
-def quantize(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -> QuantizedUNet:
+def quantize(unet: nn.Module, config: QuantConfig, timesteps: Sequence[float] | Tensor) -> QuantizedUNet:
     """A quantized copy of `unet`; weights have their searched step sizes, activations await `calibrate`.
 
     Every convolution and linear layer is replaced, shortcuts, samplers and attention projections included; the
     layers of `config.edge_bits` are found by their place in the structure. The projections to query, key and
-    value become one layer: they share their input, so one quantizer serves the three. A shortcut over a skip
-    concatenation becomes two layers, one for each half: the halves differ in range.
+    value become one layer: they share their input, so one quantizer serves the three (in cross-attention key and
+    value do). A shortcut over a skip concatenation becomes two layers, one for each half: the halves differ in range.
+
+    The copy is in float32 and in evaluation mode, whatever `unet` is in. A warning names what keeps it from integers.
 
     Args:
-        timesteps: the training timesteps of the T sampling steps.
+        unet: a UNet2DModel or UNet2DConditionModel of diffusers, as its class makes it from its config.
+        timesteps: the training timesteps of the T sampling steps, such as a scheduler's `timesteps`.
 
     Raises:
-        ValueError: `unet` has a part that cannot be quantized, or lacks conv_in, conv_out or time_embedding.
+        ValueError: `unet` has a part that cannot be quantized, or that its config does not tell of; named.
     """
+    check_structure(unet)
     model = _convert(unet, config, timesteps)
     for _, layer in model.layers():
         layer.weight_quantizer.initialise(layer.weight, config.search)
+    try:
+        refuse_unsupported(model.unet)
+    except ValueError as error:
+        warnings.warn(f"this student can be simulated and exported, but: {error}", stacklevel=2)
     return model
 
 
@@ -207,25 +236,35 @@ def _freeze(model: QuantizedUNet) -> QuantizedUNet:
             quantizer.scale.clamp_(min=SMALLEST)
         _round_to_half(layer.weight_quantizer)
         layer.freeze()
-    _round_to_half(frozen)
+    for part in frozen.unet.children():
+        if part is not frozen.unet.time_proj:  # half a unit of a frequency is many turns at a late timestep
+            _round_to_half(part)
     return frozen
 
 
 def _round_to_half(module: nn.Module) -> None:
     for parameter in module.parameters():
-        parameter.copy_(parameter.half())
+        half = parameter.half()
+        if half.isfinite().all():
+            parameter.copy_(half)
 
 
-def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -> QuantizedUNet:
+def _in_half(x: Tensor) -> Tensor:
+    """x in half precision where that loses nothing, else as it is."""
+    half = x.half() if x.is_floating_point() else x
+    return half if torch.equal(half.to(x.dtype), x) else x
+
+
+def _convert(network: nn.Module, config: QuantConfig, timesteps: Sequence[float] | Tensor) -> QuantizedUNet:
     """The structure of the quantized model; its step sizes are yet to be set."""
-    unet = copy.deepcopy(unet).requires_grad_(False)
+    unet: Any = copy.deepcopy(network).requires_grad_(False).float().eval()
+    if unet.is_gradient_checkpointing:
+        unet.disable_gradient_checkpointing()
     clock = Clock(timesteps)
     edges: set[nn.Module] = set()
-    for name in ("conv_in", "conv_out", "time_embedding"):
-        part = getattr(unet, name, None)
-        if not isinstance(part, nn.Module):
-            raise ValueError(f"{type(unet).__name__} has no {name}: only diffusers UNets can be quantized")
-        edges.update(part.modules())
+    for name in EDGES:
+        if (part := getattr(unet, name, None)) is not None:
+            edges.update(part.modules())
     for name, module in list(unet.named_modules()):
         if isinstance(module, Attention):
             _fuse_projections(name, module)
@@ -241,32 +280,34 @@ def _convert(unet: UNet2DModel, config: QuantConfig, timesteps: Sequence[int]) -
             continue
         bits = (config.edge_bits,) * 2 if module in edges else (config.weight_bits, config.act_bits)
         unet.set_submodule(name, layer(module, *bits, config.rank, clock, config.per_step))
-    return QuantizedUNet(unet, config, clock).to(unet.device)
+    return QuantizedUNet(unet, config, clock).to(unet.device).eval()
 
 
 def _fuse_projections(name: str, attention: Attention) -> None:
-    if attention.is_cross_attention:
-        raise ValueError(f"{name}: cross-attention is not supported")
+    if attention.added_kv_proj_dim is not None:
+        raise ValueError(f"{name}: attention with added keys and values is not supported")
     attention.fuse_projections()
     attention.set_processor(FusedAttnProcessor2_0())
-    del attention.to_q, attention.to_k, attention.to_v
+    if not attention.is_cross_attention:
+        del attention.to_q
+    del attention.to_k, attention.to_v
 
 
-def _last_shortcut(unet: UNet2DModel) -> Iterator[nn.Module]:
+def _last_shortcut(unet: Any) -> Iterator[nn.Module]:
     """The shortcut over the last skip: on it the first convolution's output, the noisy image, passes by the network."""
     shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut
     return iter(()) if shortcut is None else shortcut.modules()
 
 
-def _split_skips(unet: UNet2DModel) -> None:
+def _split_skips(unet: Any) -> None:
     """Replace every shortcut over [hidden, skip] by a `SkipConv2d`; a skip's channels are those of its origin."""
     skips = [unet.conv_in.out_channels]
     for block in unet.down_blocks:
         skips += [resnet.out_channels for resnet in block.resnets]
         skips += [block.resnets[-1].out_channels] * len(block.downsamplers or [])
+    if not all(isinstance(block, SKIPPED_TO) for block in unet.up_blocks):
+        return  # of another kind, whose shortcuts stay whole
     for block in unet.up_blocks:
-        if not isinstance(block, UpBlock2D | AttnUpBlock2D):
-            return  # of another kind, whose shortcuts stay whole
         for resnet in block.resnets:
             hidden = resnet.in_channels - skips.pop()
             if resnet.conv_shortcut is not None:

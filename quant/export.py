@@ -1,122 +1,208 @@
-"""Teacher and student as standard ONNX graphs, with inputs `sample` and `timestep`."""
+"""Teacher and student as standard ONNX graphs, with inputs `sample`, `timestep` and what conditions the network."""
 
 import copy
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from quant.convert import QuantizedUNet
 from quant.functional import round_zero_point
-from quant.quantizers import ActivationQuantizer
+from quant.layers import QuantLayer
 
 OPSET = 21
 
+# Parts of diffusers' UNets whose inputs the graph does not have.
+UNSUPPORTED = ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 
-def export_onnx(model: UNet2DModel | QuantizedUNet, path: Path, num_train_timesteps: int = 1000) -> None:
-    """Write `model` to `path`: sample float (N, C, H, W), any N, and timestep int64 () → eps float (N, C, H, W).
 
-    A student's weights are int8 codes behind a DequantizeLinear with an axis of channels; its activations pass
-    QuantizeLinear, Clip to their bits and DequantizeLinear, whose step sizes and zero points are looked up in tables
-    over the timesteps. One timestep serves the batch: ONNX Runtime has no integer products with a zero point per row.
+def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path: str | Path) -> None:
+    """Write `model` to `path` as one graph, in float32, from a copy on the CPU; `model` stays as it is.
 
-    Args:
-        num_train_timesteps: a student's tables answer timesteps 0 … num_train_timesteps - 1.
+    ====================== =========================================================================================
+    sample                 float (N, C, H, W): any N; H and W of the config's `sample_size`, or where that is None
+                           any multiples of the network's stride
+    timestep               int64 (), the whole batch's: ONNX Runtime has no integer products with a zero point per
+                           row. Float where times are no integers: Fourier features, a student's broken timesteps
+    encoder_hidden_states  float (N, L, cross_attention_dim), any L; only of a UNet2DConditionModel
+    class_labels           int64 (N,); only of a network with classes
+    → eps                  float (N, C, H, W)
+    ====================== =========================================================================================
+
+    A student's weights are codes behind a DequantizeLinear with an axis of channels; its activations pass
+    QuantizeLinear, Clip to their bits and DequantizeLinear, with the step size and zero point that the clock would
+    read at this timestep.
+
+    The file is written beside `path` and renamed; weights beyond ONNX's 2 GB get a file `<path>.data` of their own.
 
     Raises:
-        ValueError: a student that is not frozen.
+        ValueError: a student that is not frozen, a network that needs other inputs than these, or one that torch.onnx
+            cannot follow.
     """
-    config: Any = model.config
+    path = Path(path)
+    model = copy.deepcopy(model).cpu().float().eval()
+    inputs, shapes = _example(model)
     if isinstance(model, QuantizedUNet):
-        if any(layer.codes is None for _, layer in model.layers()):
-            raise ValueError("only a frozen student has its weights as codes: call quant.freeze first")
-        model = _with_onnx_quantizers(model, num_train_timesteps)
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    sample = torch.randn(2, config.in_channels, height, width)
+        _use_onnx_quantizers(model)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            _Denoiser(model).eval(),
-            (sample, torch.tensor(1)),
-            input_names=["sample", "timestep"],
-            output_names=["eps"],
-            dynamic_shapes={"sample": {0: torch.export.Dim.DYNAMIC}, "timestep": None},
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _Denoiser(model, list(inputs)),
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=["eps"],
+                dynamic_shapes=(tuple(shapes.values()),),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"torch.onnx cannot export this network: {reason}") from error
     assert program is not None
     for node in program.model.graph:  # the exporter's stack traces, a third of the file
         node.metadata_props.clear()
-    program.save(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        beside = Path(folder) / path.name
+        program.save(beside)
+        for weights in beside.parent.glob("*.data"):  # before the graph that names them
+            weights.replace(path.with_name(weights.name))
+        beside.replace(path)
+
+
+def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The graph's inputs by name, and which of their dimensions are any."""
+    config = model.config
+    unet, timesteps = (model.unet, model.clock.timesteps) if isinstance(model, QuantizedUNet) else (model, [])
+    if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
+        raise ValueError(f"a {type(unet).__name__} cannot be exported: only UNet2DModel and UNet2DConditionModel")
+    for name in UNSUPPORTED:
+        if config.get(name) is not None:
+            raise ValueError(f"{name} = {config[name]!r}: a network with this input cannot be exported")
+    if config.class_embed_type not in (None, "timestep"):
+        raise ValueError(f'class_embed_type = "{config.class_embed_type}" cannot be exported: only labels')
+
+    batch, any_size = 2, torch.export.Dim.DYNAMIC
+    size, sizes = config.sample_size, {}
+    if size is None:
+        stride = 2 ** (len(config.block_out_channels) - 1)
+        size = (2 * stride, 3 * stride)  # two sizes, lest they be taken for one
+        sizes = {2: any_size, 3: any_size}
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    fractional = config.time_embedding_type == "fourier" or any(t != int(t) for t in timesteps)
+    inputs = {
+        "sample": torch.randn(batch, config.in_channels, *size),
+        "timestep": torch.tensor(1.0 if fractional else 1),
+    }
+    shapes: dict[str, Any] = {"sample": {0: any_size, **sizes}, "timestep": None}
+    if isinstance(unet, UNet2DConditionModel):
+        width = config.cross_attention_dim
+        inputs["encoder_hidden_states"] = torch.randn(batch, 7, width if isinstance(width, int) else width[0])
+        shapes["encoder_hidden_states"] = {0: any_size, 1: any_size}
+    if unet.class_embedding is not None:
+        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
+        shapes["class_labels"] = {0: any_size}
+    return inputs, shapes
 
 
 class _Denoiser(nn.Module):
-    """Returns the tensor instead of diffusers' output object."""
+    """Takes tensors in the order of `names`, and returns the tensor instead of diffusers' output object."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
         self.model = model
+        self.names = names
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.model(sample, timestep, return_dict=False)[0]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True)), return_dict=False)[0]
 
 
 class _OnnxClock:
-    """Keeps the batch's timestep as a tensor of the graph."""
+    """Reads the tables of all L layers at once, at the batch's one timestep, with operators that ONNX has.
+
+    What `Clock.read` gives each layer, bit for bit.
+    """
+
+    def __init__(self, student: QuantizedUNet):
+        quantizers = [layer.act_quantizer for _, layer in student.layers()]
+        self.timesteps, order = torch.tensor(student.clock.timesteps, dtype=torch.float32).sort()
+        # (2, T, L), or (2, 1, L) where one row serves every timestep
+        self.tables = torch.stack([torch.stack([q.scale, q.zero_point]) for q in quantizers], dim=2).detach()
+        if self.tables.shape[1] > 1:
+            self.tables = self.tables[:, order]
+        self.qmax = torch.tensor([float(quantizer.qmax) for quantizer in quantizers])
 
     def set(self, t: Tensor) -> None:
-        self.t = t[0]
+        self.scales, zero_points = self._row(t[0].float())
+        self.zero_points = round_zero_point(zero_points, 0, 255).minimum(self.qmax).byte()
+
+    def _row(self, t: Tensor) -> Tensor:
+        if self.tables.shape[1] == 1:
+            return self.tables[:, 0]
+        above = (self.timesteps < t).sum().clamp(max=len(self.timesteps) - 1)
+        below = (above - 1).clamp(min=0)
+        gap = self.timesteps[above] - self.timesteps[below]
+        fraction = torch.where(gap > 0, (t - self.timesteps[below]) / gap, 0).clamp(0, 1)
+        return self.tables[:, below] * (1 - fraction) + self.tables[:, above] * fraction
 
     def unset(self) -> None:
-        del self.t
+        del self.scales, self.zero_points
 
 
 class _OnnxActivationQuantizer(nn.Module):
-    """Looks up step size and zero point, interpolated beforehand for every training timestep."""
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, quantizer: ActivationQuantizer, clock: _OnnxClock):
+    def __init__(self, qmax: int, clock: _OnnxClock, index: int):
         super().__init__()
-        scale, zero_point = quantizer.read()
-        self.clock, self.limits = clock, (quantizer.qmin, quantizer.qmax)
-        self.register_buffer("scale", scale.detach())
-        self.register_buffer("zero_point", round_zero_point(zero_point.detach(), *self.limits).byte())
+        self.qmax, self.clock, self.index = qmax, clock, index
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = self.scale[self.clock.t], self.zero_point[self.clock.t]
+        parameters = self.clock.scales[self.index], self.clock.zero_points[self.index]
         codes = _onnx("QuantizeLinear", x, *parameters, dtype=torch.uint8)
-        low, high = (torch.tensor(limit, dtype=torch.uint8) for limit in self.limits)
-        codes = _onnx("Clip", codes, low, high, dtype=torch.uint8)
+        if self.qmax < 255:
+            limits = (torch.tensor(limit, dtype=torch.uint8) for limit in (0, self.qmax))
+            codes = _onnx("Clip", codes, *limits, dtype=torch.uint8)
         return _onnx("DequantizeLinear", codes, *parameters, dtype=torch.float32)
 
 
 class _OnnxWeightQuantizer(nn.Module):
+    """Dequantizes codes int8, or uint8 with zero points of 128."""
+
     def __init__(self, scale: Tensor):
         super().__init__()
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        return _onnx("DequantizeLinear", codes, self.scale, axis=0, dtype=torch.float32)
+        zero_points = [] if codes.dtype == torch.int8 else [torch.full_like(self.scale, 128, dtype=torch.uint8)]
+        return _onnx("DequantizeLinear", codes, self.scale, *zero_points, axis=0, dtype=torch.float32)
 
 
-def _with_onnx_quantizers(student: QuantizedUNet, num_train_timesteps: int) -> QuantizedUNet:
-    student = copy.deepcopy(student).cpu()
-    clock = _OnnxClock()
-    student.clock.set(torch.arange(num_train_timesteps))
-    for _, layer in student.layers():
-        layer.act_quantizer = _OnnxActivationQuantizer(layer.act_quantizer, clock)  # type: ignore[assignment]
+def _use_onnx_quantizers(student: QuantizedUNet) -> None:
+    """Replace the quantizers of `student` by ONNX's operators."""
+    if any(layer.codes is None for _, layer in student.layers()):
+        raise ValueError("only a frozen student has its weights as codes: call quant.freeze first")
+    clock = _OnnxClock(student)
+    for index, (_, layer) in enumerate(student.layers()):
+        assert layer.codes is not None
+        if _may_saturate(layer):
+            layer.codes = (layer.codes.short() + 128).byte()
+        layer.act_quantizer = _OnnxActivationQuantizer(layer.act_quantizer.qmax, clock, index)  # type: ignore[assignment]
         layer.weight_quantizer = _OnnxWeightQuantizer(layer.weight_quantizer.scale)  # type: ignore[assignment]
     student.clock = clock  # type: ignore[assignment]
-    return student
+
+
+def _may_saturate(layer: QuantLayer) -> bool:
+    """Whether two products of unsigned by signed codes can leave 16 bits.
+
+    On x86 without VNNI ONNX Runtime multiplies them by vpmaddubsw, which adds pairs with saturation; weights that are
+    unsigned it widens first (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+    """
+    return 2 * layer.act_quantizer.qmax * -layer.weight_quantizer.qmin > 32767
 
 
 def _onnx(operator: str, x: Tensor, *inputs: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:

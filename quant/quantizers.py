@@ -1,6 +1,8 @@
 """Weights (LSQ), activations (TALSQ), and the clock that tells an activation quantizer its denoising step."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +26,28 @@ class Clock:
     timestep that it is given (never by counting calls). A deep copy of the model has a clock of its own. It is
     no module and no part of the state dict.
 
+    Attributes:
+        timesteps: the training timesteps of the T sampling steps, as Python's numbers.
+
     Args:
-        timesteps: the training timesteps of the T sampling steps, in any order, all different.
+        timesteps: in any order, all different: numbers, tensors (), or a tensor (T,), as schedulers have them.
     """
 
-    def __init__(self, timesteps: Sequence[int]):
-        self.timesteps = list(timesteps)
+    def __init__(self, timesteps: Sequence[float] | Tensor):
+        self.timesteps = [as_number(t) for t in timesteps]
         if len(set(self.timesteps)) != len(self.timesteps) or not self.timesteps:
             raise ValueError(f"a clock needs different timesteps, not {self.timesteps}")
         self._interval: tuple[Tensor, Tensor, Tensor] | None = None
 
     def set(self, t: Tensor) -> None:
         """Set the clock to the timestep of each sample, t (N,)."""
-        ordered, rows = torch.tensor(self.timesteps, device=t.device).sort()
-        above = torch.searchsorted(ordered, t.contiguous()).clamp(max=len(ordered) - 1)
+        ordered, rows = torch.tensor(self.timesteps, device=t.device, dtype=torch.float32).sort()
+        t = t.float().contiguous()
+        above = torch.searchsorted(ordered, t).clamp(max=len(ordered) - 1)
         below = (above - 1).clamp(min=0)
-        gap = (ordered[above] - ordered[below]).clamp(min=1)
+        gap = ordered[above] - ordered[below]
         # Outside the table's ends the nearest row serves.
-        fraction = ((t - ordered[below]) / gap).clamp(0, 1)
+        fraction = torch.where(gap > 0, (t - ordered[below]) / gap, 0).clamp(0, 1)
         self._interval = rows[below], rows[above], fraction
 
     def unset(self) -> None:
@@ -64,6 +70,17 @@ class Clock:
 
     def __deepcopy__(self, memo: dict) -> "Clock":
         return memo.setdefault(id(self), Clock(self.timesteps))
+
+
+def as_number(t: Any) -> int | float:
+    """A timestep as Python's number: an integer where it is one."""
+    try:
+        value = float(t)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"a timestep must be a number, not {t!r}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"a timestep must be finite, not {value}")
+    return int(value) if value.is_integer() else value
 
 
 class WeightQuantizer(nn.Module):
@@ -132,22 +149,21 @@ class ActivationQuantizer(nn.Module):
         self.zero_point = nn.Parameter(torch.zeros(count))
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, search: str = "error") -> None:
-        """Set each denoising step's range from the values `rows` (T, M): see `QuantConfig.search`."""
-        rows = rows.view(len(self.scale), -1)
-        low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    def initialise(self, values: Tensor, search: str = "error", row: int = 0) -> None:
+        """Set the range of the denoising step of that row from `values` (M,): see `QuantConfig.search`."""
+        low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
         widest = ((high - low) / self.qmax).clamp(min=SMALLEST)
         if search == "min-max":
-            self.scale.copy_(widest)
-            self.zero_point.copy_((-low / widest).round())
+            self.scale[row], self.zero_point[row] = widest, (-low / widest).round()
             return
-        scales = RANGE_FRACTIONS.to(rows)[:, None, None] * widest
-        zeros = (-low * TAIL_FRACTIONS.to(rows)[:, None] / scales).round()
-        scales = scales.expand_as(zeros).flatten(0, 1)
-        zeros = zeros.flatten(0, 1).clamp(self.qmin, self.qmax)
-        scale, zero_point = _least_error(rows, scales, zeros, self.qmin, self.qmax)
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+        scales = RANGE_FRACTIONS.to(values) * widest
+        best = values.new_tensor(math.inf)
+        for tail in TAIL_FRACTIONS.to(values):
+            zeros = (-low * tail / scales).round().clamp(self.qmin, self.qmax)
+            rounded = fake_quantize(values.expand(len(scales), -1), scales, zeros, self.qmin, self.qmax)
+            error, at = (rounded - values).square().sum(1).min(0)
+            if error < best:
+                best, self.scale[row], self.zero_point[row] = error, scales[at], zeros[at]
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Step size and zero point of each sample of the running batch, each (N,), by the clock."""

@@ -31,16 +31,20 @@ class LayerSummary:
 
 
 @torch.no_grad()
-def summarise(model: QuantizedUNet, shape: tuple[int, int, int]) -> list[LayerSummary]:
-    """Every layer that multiplies, in the order of execution, from a forward pass of an image of `shape` (C, H, W)."""
+def summarise(model: QuantizedUNet, shape: tuple[int, int, int], **conditions: Tensor) -> list[LayerSummary]:
+    """Every layer that multiplies, in the order of execution, from a forward pass of an image of `shape` (C, H, W).
+
+    Args:
+        conditions: further arguments of the network, for that one image, such as class_labels (1,).
+    """
     rows: list[LayerSummary] = []
     hooks = [
-        module.register_forward_hook(partial(_summarise_layer, rows, name))
+        module.register_forward_hook(partial(_summarise_layer, rows, name), with_kwargs=True)
         for name, module in model.unet.named_modules()
         if isinstance(module, QuantLayer | Attention)
     ]
     try:
-        model(torch.zeros(1, *shape, device=model.device), model.clock.timesteps[0])
+        model(torch.zeros(1, *shape, device=model.device), model.clock.timesteps[0], **conditions)
     finally:
         for hook in hooks:
             hook.remove()
@@ -48,7 +52,12 @@ def summarise(model: QuantizedUNet, shape: tuple[int, int, int]) -> list[LayerSu
 
 
 def _summarise_layer(
-    rows: list[LayerSummary], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any
+    rows: list[LayerSummary],
+    name: str,
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    named: dict[str, Any],
+    output: Any,
 ) -> None:
     if isinstance(module, QuantLayer):
         weights = math.prod(module.weight_shape)
@@ -59,7 +68,9 @@ def _summarise_layer(
     elif isinstance(module, Attention):
         x = inputs[0]  # (1, C, H, W) or (1, L, C)
         tokens = math.prod(x.shape[2:]) if x.dim() == 4 else x.shape[1]
-        macs = 2 * tokens**2 * module.inner_dim  # q·kᵀ and attention·v
+        other = named.get("encoder_hidden_states")
+        keys = tokens if other is None else other.shape[1]
+        macs = 2 * tokens * keys * module.inner_dim  # q·kᵀ and attention·v
         rows.append(LayerSummary(name, "attention products", FLOAT_BITS, FLOAT_BITS, 0, macs))
 
 

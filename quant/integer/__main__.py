@@ -1,10 +1,14 @@
 """`python -m quant.integer`: which instruction sets were built, and which of them runs here."""
 
-from quant.integer.core import ISAS, available, built
+import sys
+
+from quant.integer.core import ISAS, built, choose
 
 if built():
-    here = available()
-    print(f"Integer core: built for {', '.join(built())}; this processor runs {next(iter(here))}.")
+    try:
+        print(f"Integer core: built for {', '.join(built())}; this processor runs {choose().isa}.")
+    except ValueError as error:
+        sys.exit(f"Integer core: {error}")
 else:
     print(
         "Integer core: not built, for lack of a C++ compiler. Students run simulated in float (--runtime simulated),\n"

@@ -5,7 +5,9 @@ compiled once for each instruction set, all with the same bytes as result.
 """
 
 import ctypes
+import hashlib
 import os
+import sys
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,8 +20,10 @@ ISAS = ("avx512vnni", "avxvnni", "neon", "avx2", "portable")
 # Overrides the choice.
 VARIABLE = "EFFICIENTDM_ISA"
 
-# How codes are made: `Kind` in core/program.h.
-QUANTIZE, SILU, ATTENTION = range(3)
+# What a line does with its numbers first: `Kind` in core/program.h.
+QUANTIZE, SILU, ATTENTION, GELU, RELU, MISH = range(6)
+# How a line without a layer resamples: `Resampling` in core/program.h.
+KEEP, POOL, ENLARGE, FILTER_DOWN, FILTER_UP, MIRROR_DOWN, MIRROR_UP = range(7)
 
 LANES = 16  # states and outputs are filled up to a multiple of it
 
@@ -28,15 +32,20 @@ class Line(ctypes.Structure):
     """Codes of a state, through a layer: target = layer(codes(source, skip)) + residual.
 
     States are offsets into a memory of floats; -1 is nothing as skip or residual, and no normalisation as norm. Codes
-    are enlarged by `factor`, by nearest neighbour; height and width are those of the source.
+    are enlarged by `factor`, by nearest neighbour; height and width are those of the source. With -1 as layer floats
+    stay floats: target = (resampled(source) - centre) / divisor.
     """
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "kind", "layer", "norm", "source", "source_channels", "skip", "skip_channels", "residual", "target",
-            "height", "width", "factor", "heads",
-        )
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "kind", "layer", "norm", "source", "source_channels", "skip", "skip_channels", "residual", "target",
+                "height", "width", "factor", "heads", "resampling",
+            )
+        ),
+        ("centre", ctypes.c_double),
+        ("divisor", ctypes.c_double),
     )  # fmt: skip
 
 
@@ -63,9 +72,12 @@ class Norm(ctypes.Structure):
 
 
 class Moment(ctypes.Structure):
-    """What the layers need to know of a timestep: `core/program.h`."""
+    """What the lines need to know of a timestep: `core/program.h`."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("quantizers", "shifts", "slopes", "offsets"))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("quantizers", "shifts", "slopes", "offsets")),
+        ("norms", ctypes.POINTER(Norm)),
+    )
 
 
 class Program(ctypes.Structure):
@@ -76,7 +88,6 @@ class Program(ctypes.Structure):
         ),
         ("lines", ctypes.POINTER(Line)),
         ("layers", ctypes.POINTER(Layer)),
-        ("norms", ctypes.POINTER(Norm)),
         ("memory", ctypes.c_int64),
     )
 
@@ -95,22 +106,46 @@ class Core:
 
     def __init__(self, isa: str, path: Path):
         library = ctypes.CDLL(str(path))
+        if not hasattr(library, "sources"):
+            raise OSError("it was built of other sources")
+        library.sources.restype = ctypes.c_char_p
+        if library.sources() != _sources().encode():
+            raise OSError("it was built of other sources")
         self.isa = isa
         self.runs_here = bool(library.runs_here())
         self.code_offset: int = library.code_offset()
         pointer, line, norm, program = ctypes.c_void_p, *map(ctypes.POINTER, (Line, Norm, Program))
         integer, real = ctypes.c_int64, ctypes.c_float
         self.encode = _declared(library.encode, line, norm, pointer, pointer, pointer)
-        self.execute = _declared(library.execute, program, ctypes.POINTER(Moment), pointer)
-        self.denoise = _declared(
+        self.change = _declared(library.change, line, norm, pointer)
+        self.execute = _checked(library.execute, program, ctypes.POINTER(Moment), pointer)
+        self.denoise = _checked(
             library.denoise, program, pointer, pointer, pointer, integer, pointer, ctypes.c_uint, pointer
         )
         self.sinusoids = _declared(library.sinusoids, real, integer, real, integer, pointer)
+        self.fourier = _declared(library.fourier, real, integer, pointer, integer, pointer)
 
 
 def _declared(function: Any, *arguments: Any) -> Any:
     function.argtypes, function.restype = arguments, None
     return function
+
+
+def _checked(function: Any, *arguments: Any) -> Any:
+    """The function, with a MemoryError where it answers that memory was short."""
+
+    def check(answer: int, *_: Any) -> None:
+        if not answer:
+            raise MemoryError("there is not enough memory for the states of these images")
+
+    function.argtypes, function.restype, function.errcheck = arguments, ctypes.c_int32, check
+    return function
+
+
+def _sources() -> str:
+    """SHA-256 of the core's sources, as setup.py works it out: a library of others may read a structure wrongly."""
+    files = sorted((Path(__file__).parent / "core").iterdir())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def built() -> dict[str, Path]:
@@ -123,8 +158,16 @@ def built() -> dict[str, Path]:
 @cache
 def available() -> dict[str, Core]:
     """What this processor runs, the best first."""
-    cores = (Core(isa, path) for isa, path in built().items())
-    return {core.isa: core for core in cores if core.runs_here}
+    cores = {}
+    for isa, path in built().items():
+        try:
+            core = Core(isa, path)
+        except OSError as error:
+            print(f"{path.name} is of no use, install the package again: {error}", file=sys.stderr)
+            continue
+        if core.runs_here:
+            cores[isa] = core
+    return cores
 
 
 def choose(isa: str | None = None) -> Core:
@@ -143,13 +186,18 @@ def choose(isa: str | None = None) -> Core:
     if not asked:
         return next(iter(cores.values()))
     if asked not in cores:
-        place = "" if isa else f"{VARIABLE}: "
-        raise ValueError(f'{place}this processor has no "{asked}", only {", ".join(cores)}')
+        place, here = "" if isa else f"{VARIABLE}: ", ", ".join(cores)
+        if asked in ISAS and asked not in built():
+            raise ValueError(f'{place}"{asked}" was not built at installation, only {", ".join(built())}')
+        raise ValueError(f'{place}this processor has no "{asked}", only {here}')
     return cores[asked]
 
 
 @cache
 def openmp() -> int | None:
     """The address of the function that starts PyTorch's own OpenMP threads, or None where it has none of GCC's kind."""
-    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    try:
+        function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    except TypeError:  # Windows has no library of the whole process
+        return None
     return ctypes.cast(function, ctypes.c_void_p).value if function else None

@@ -2,29 +2,38 @@
 
 import copy
 import ctypes
+import math
 import threading
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from diffusers.models.embeddings import GaussianFourierProjection, Timesteps
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from quant.convert import QuantizedUNet
 from quant.integer import core
-from quant.integer.program import Layers, Program, follow_time_embedding, follow_unet, refuse_unsupported
+from quant.integer.layers import Layers
+from quant.integer.lines import Program
+from quant.integer.program import follow_time_embedding, follow_unet, refuse_unsupported
+
+if TYPE_CHECKING:
+    from quant.convert import QuantizedUNet
 
 MAX_STEPS = 1000  # timesteps whose step sizes and biases are kept
+MAX_NUMBER = 1 << 20  # beyond that, sines and cosines are not what the core promises
 _PREPARING = threading.Lock()  # threads may share a model, but not the clock that a timestep's step sizes are read by
 
 
 class Moment:
-    """What the layers need to know of a timestep. A sum of products becomes (sum − shift) · slope + offset.
+    """What the lines need to know of a timestep and a class. A sum of products becomes (sum − shift) · slope + offset.
 
     Attributes:
         quantizers: `core.QUANTIZER` (L,), of each layer's input.
         shifts: int32 (C,), over the output channels of all layers, each filled up to 16.
         slopes, offsets: float32 (C,), likewise.
+        norm_table: the normalisations; the timestep has a part in those of `modulate`.
         structure: what the core reads.
     """
 
@@ -42,36 +51,95 @@ class Moment:
             self.shifts[layer.channels] = layer.weight_sum * (zero_point - code_offset)
             self.slopes[layer.channels] = layer.scales * scale
             self.offsets[layer.channels] = layer.bias
+        self.norm_table = type(layers.norm_table).from_buffer_copy(layers.norm_table)
+        self._modulated: list[np.ndarray] = []
         arrays = (self.quantizers, self.shifts, self.slopes, self.offsets)
-        self.structure = core.Moment(*(array.ctypes.data for array in arrays))
+        self.structure = core.Moment(*(array.ctypes.data for array in arrays), self.norm_table)
+
+    def modulate(self, number: int, weight: np.ndarray, bias: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> None:
+        """Scale and shift what a normalisation of that weight and bias makes, all float32 (channels,)."""
+        factor = np.float32(1) + scale
+        weight, bias = weight * factor, bias * factor + shift
+        self._modulated += [weight, bias]  # the table has their addresses alone
+        self.norm_table[number].weight, self.norm_table[number].bias = weight.ctypes.data, bias.ctypes.data
+
+
+@dataclass
+class _Numbers:
+    """Which numbers a network takes as timesteps, or as classes."""
+
+    name: str
+    rows: int | None
+    """None, or of how many rows of a table they are the numbers."""
+    positive: bool
+    """Whether their logarithm is taken."""
+
+    @classmethod
+    def of(cls, name: str, *embeddings: nn.Module) -> "_Numbers":
+        """What these take, the first of which is known."""
+        for module in embeddings:
+            if isinstance(module, nn.Embedding):
+                return cls(name, module.num_embeddings, False)
+            if isinstance(module, GaussianFourierProjection):
+                return cls(name, None, True)
+        return cls(name, None, False)
+
+    def read(self, given: Any, count: int) -> list[float]:
+        """One for each of `count` samples: an integer as it is, others as a float of 32 bits holds them."""
+        try:
+            x = torch.as_tensor(given).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the {self.name} must be numbers, not a {type(given).__name__}") from error
+        if x.dim() > 1 or x.numel() not in (1, count) or x.dtype == torch.bool or x.is_complex() or x.is_meta:
+            kind = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+            raise ValueError(f"the {self.name} must be a number, or one for each of {count} samples, not {kind}")
+        if x.is_floating_point():
+            x = x.to(torch.float32)
+        numbers: list[float] = x.reshape(-1).expand(count).tolist()
+        for number in numbers:
+            if not math.isfinite(number):
+                raise ValueError(f"the {self.name} must be a finite number")
+            if abs(number) > MAX_NUMBER:
+                raise ValueError(f"the {self.name} must lie within ±{MAX_NUMBER:,}, not {number}")
+            if self.positive and number <= 0:
+                raise ValueError(f"the {self.name} must be positive, for its logarithm is taken, not {number}")
+            if self.rows is not None and (number != int(number) or not 0 <= number < self.rows):
+                raise ValueError(f"the {self.name} must be an integer from 0 to {self.rows - 1}, not {number}")
+        return numbers
 
 
 class IntegerUNet(nn.Module):
-    """A denoiser on integers: `eps = model(x_t, t).sample`, float32 in and out, on the CPU.
+    """A denoiser on integers: `eps = model(x_t, t).sample`, float32 out, on the CPU.
 
-    The bytes of ε depend on the student, on x_t and on t alone: not on the batch, the threads, the instruction set or
-    the operating system. Where x_t holds something that is not a finite number, ε is none at all. Threads may share a
-    model.
+    The bytes of ε depend on the student, on x_t, t and the class alone: not on the batch, the threads, the instruction
+    set or the operating system. Where x_t holds something that is not a finite number, ε is none at all. Threads may
+    share a model.
 
     Attributes:
         core: the instruction set that runs it, with its functions.
-        time_program: from a timestep's sinusoids to what it adds to each block.
+        time: from a timestep and a class to what they add to each block.
         programs: from x_t to ε, for each height and width that was met.
-        moments: for each timestep that was met, at most `MAX_STEPS`.
+        moments: for each timestep and class that was met, at most `MAX_STEPS`; without classes that is None.
         seconds: None, or float64 (2,): the threads' time for making codes and for their products is added.
     """
 
-    def __init__(self, student: QuantizedUNet, isa: str | None = None):
+    def __init__(self, student: "QuantizedUNet", isa: str | None = None):
         super().__init__()
+        if student.dtype != torch.float32:
+            raise ValueError(f"a student goes to integers from float32, not from {student.dtype}: call .float() on it")
         refuse_unsupported(student.unet)
         self.core = core.choose(isa)
         self.student, self.clock = student, student.clock
         self.layers = Layers(list(student.layers()), list(student.unet.modules()))
-        self.time_program, self._added = follow_time_embedding(student.unet, self.layers)
+        self.time = follow_time_embedding(student.unet, self.layers)
         self._largest = torch.tensor([layer.act_quantizer.qmax for layer in self.layers], dtype=torch.int32)
+        config, proj, classes = student.config, student.unet.time_proj, student.unet.class_embedding
+        self._in_channels, self._divided = config.in_channels, config.time_embedding_type == "fourier"
+        self._timestep = _Numbers.of("timestep", proj)
+        self._label = None if classes is None else _Numbers.of("class label", classes, proj)
         self.seconds: np.ndarray | None = None
         self.programs: dict[tuple[int, int], Program] = {}
-        self.moments: dict[float, Moment] = {}
+        self.moments: dict[tuple[float, float | None], Moment] = {}
 
     # diffusers' pipelines ask a denoiser for these three.
     @property
@@ -87,35 +155,59 @@ class IntegerUNet(nn.Module):
         return torch.device("cpu")
 
     @torch.no_grad()
-    def forward(self, sample: Tensor, timestep: Tensor | float, return_dict: bool = True) -> Any:
-        """Samples of one batch may have different timesteps."""
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> Any:
+        """Samples of one batch may have different timesteps, and different classes.
+
+        Args:
+            sample: float of any precision (N, C, H, W), on the CPU.
+            timestep: a number, or one for each sample, (N,); it may lie between two of the training.
+            class_labels: (N,), for a network with classes.
+
+        Raises:
+            ValueError: one of them is of another kind, or the images do not fit the network.
+        """
+        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+            raise ValueError("the sample must be a tensor of floats")
+        if sample.dim() != 4:
+            raise ValueError(f"the sample must be (N, {self._in_channels}, height, width), not {tuple(sample.shape)}")
         count, channels, height, width = sample.shape
-        if channels != self.config.in_channels:
-            raise ValueError(f"the sample must have {self.config.in_channels} channels, not {channels}")
-        timesteps = torch.as_tensor(timestep).reshape(-1).expand(count).tolist()
+        if channels != self._in_channels:
+            raise ValueError(f"the sample must have {self._in_channels} channels, not {channels}")
+        if sample.device.type != "cpu":
+            raise ValueError(f"the sample must lie on the CPU, where integers run, not on {sample.device}")
+        if self._label is None and class_labels is not None:
+            raise ValueError("this network has no classes: class_labels must be None")
+        if self._label is not None and class_labels is None:
+            raise ValueError("this network has classes: class_labels must say which, (N,)")
+        timesteps = self._timestep.read(timestep, count)
+        labels = [None] * count if self._label is None else self._label.read(class_labels, count)
         with _PREPARING:
             if (height, width) not in self.programs:
                 self.programs[height, width] = follow_unet(self.student.unet, self.layers, height, width)
             program = self.programs[height, width]
-            moments = [self._moment(t) for t in timesteps]
-        x = sample.to(torch.float32).contiguous()
-        eps = torch.empty(count, *program.shapes[-1])
+            moments = [self._moment(t, label) for t, label in zip(timesteps, labels, strict=True)]
+        x = sample.detach().to(torch.float32).resolve_neg().contiguous()
+        eps = torch.empty(count, *program.shapes[-1], dtype=torch.float32, device="cpu")
         pointers = (ctypes.c_void_p * count)(*(ctypes.addressof(moment.structure) for moment in moments))
         seconds = None if self.seconds is None else self.seconds.ctypes.data
         self.core.denoise(
             program.structure, pointers, x.data_ptr(), eps.data_ptr(), count,
             core.openmp(), torch.get_num_threads(), seconds,
         )  # fmt: skip
+        if self._divided:
+            eps /= torch.tensor(timesteps, dtype=torch.float32)[:, None, None, None]
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
-    def _moment(self, t: float) -> Moment:
-        if t not in self.moments:
+    def _moment(self, t: float, label: float | None) -> Moment:
+        if (t, label) not in self.moments:
             if len(self.moments) == MAX_STEPS:
                 self.moments.clear()
-            self.moments[t] = self._new_moment(t)
-        return self.moments[t]
+            self.moments[t, label] = self._new_moment(t, label)
+        return self.moments[t, label]
 
-    def _new_moment(self, t: float) -> Moment:
+    def _new_moment(self, t: float, label: float | None) -> Moment:
         self.clock.set(torch.tensor([t]))
         try:
             scales, zero_points = zip(*(layer.act_quantizer.read() for layer in self.layers), strict=True)
@@ -123,19 +215,54 @@ class IntegerUNet(nn.Module):
             self.clock.unset()
         integers = torch.cat(zero_points).round().int().clamp(torch.zeros_like(self._largest), self._largest)
         moment = Moment(torch.cat(scales), integers, self._largest, self.layers, self.core.code_offset)
-        # The time embedding becomes a part of the offset of each block's first convolution.
-        proj: Any = self.student.unet.time_proj
-        memory = np.zeros(self.time_program.memory, np.float32)
-        options = (proj.num_channels // 2, proj.downscale_freq_shift, proj.flip_sin_to_cos)
-        self.core.sinusoids(t, *options, memory.ctypes.data)
-        self.core.execute(self.time_program.structure, moment.structure, memory.ctypes.data)
-        for conv, state in self._added.items():
-            start, channels = self.time_program.offsets[state], self.layers[conv].channels
+        program = self.time.program
+        memory = np.zeros(program.memory, np.float32)
+        self._project(t, memory[program.offsets[0] :])
+        if label is not None:
+            of_class, classes = memory[program.offsets[1] :], self.student.unet.class_embedding
+            if isinstance(classes, nn.Embedding):
+                of_class[: classes.embedding_dim] = classes.weight[int(label)].numpy()
+            else:
+                self._project(label, of_class)
+        self.core.execute(program.structure, moment.structure, memory.ctypes.data)
+        # The time embedding becomes a part of the offset of each block's first convolution, or of a normalisation.
+        for conv, state in self.time.added.items():
+            start, channels = program.offsets[state], self.layers[conv].channels
             moment.offsets[channels] += memory[start : start + self.layers[conv].out_channels]
+        for norm, state in self.time.modulated.items():
+            number, start = self.layers.norms[norm], program.offsets[state]
+            weight, bias = self.layers.norm_numbers[number]
+            scale, shift = np.split(memory[start : start + 2 * len(weight)], 2)
+            moment.modulate(number, weight, bias, scale, shift)
         return moment
 
+    def _project(self, number: float, to: np.ndarray) -> None:
+        """Write what `time_proj` makes of a timestep, or of a class, into `to`."""
+        proj: Any = self.student.unet.time_proj
+        if isinstance(proj, nn.Embedding):
+            to[: proj.embedding_dim] = proj.weight[int(number)].numpy()
+        elif isinstance(proj, Timesteps):
+            half, shift = proj.num_channels // 2, proj.downscale_freq_shift
+            self.core.sinusoids(number, half, shift, proj.flip_sin_to_cos, to.ctypes.data)
+        else:
+            frequencies = proj.weight.numpy()
+            start = frequencies.ctypes.data
+            self.core.fourier(number, len(frequencies), start, proj.flip_sin_to_cos, to.ctypes.data)
 
-def to_integer(student: QuantizedUNet, isa: str | None = None) -> IntegerUNet:
+
+    # What the core reads is made once: a module's own ways to change its numbers would miss that.
+    def _apply(self, fn: Any, recurse: bool = True) -> "IntegerUNet":
+        return self  # .to(device or dtype) asks for nothing that it could do: it is on the CPU, in integers
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Raises ValueError: make a new one of another student."""
+        raise ValueError("an integer model keeps its numbers: call to_integer on the other student")
+
+    def __reduce__(self) -> tuple:
+        return IntegerUNet, (self.student, self.core.isa)  # copies and pickles are made anew from the student
+
+
+def to_integer(student: "QuantizedUNet", isa: str | None = None) -> IntegerUNet:
     """The frozen `student` on integers, on the CPU: the same denoiser contract, the same codes.
 
     Args:
@@ -146,4 +273,8 @@ def to_integer(student: QuantizedUNet, isa: str | None = None) -> IntegerUNet:
         ValueError: the student is not frozen, or has a part that is not supported, by its name; the installation has
             no integer core, or the processor no such instruction set.
     """
+    from quant.convert import QuantizedUNet  # not above: it asks this package which networks can be followed
+
+    if not isinstance(student, QuantizedUNet):
+        raise ValueError(f"a {type(student).__name__} has no codes: only a frozen student runs on integers")
     return IntegerUNet(copy.deepcopy(student).cpu(), isa)

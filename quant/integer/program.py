@@ -3,206 +3,110 @@
 Whatever in diffusers' blocks changes what they compute is either honoured here or refused by name.
 """
 
-import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import Timesteps
-from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from diffusers.models.unets.unet_2d_blocks import (
-    AttnDownBlock2D,
-    AttnUpBlock2D,
-    DownBlock2D,
-    UNetMidBlock2D,
-    UpBlock2D,
-)
-from einops import rearrange
-from torch import nn
+from diffusers.models.downsampling import FirDownsample2D, KDownsample2D, downsample_2d
+from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
+from diffusers.models.normalization import AdaGroupNorm
+from diffusers.models.resnet import Downsample2D, ResnetBlock2D, ResnetBlockCondNorm2D, Upsample2D
+from diffusers.models.unets import unet_2d_blocks as blocks
+from diffusers.models.upsampling import FirUpsample2D, KUpsample2D, upsample_2d
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant.integer import core
-from quant.integer.core import ATTENTION, LANES, QUANTIZE, SILU
-from quant.layers import QuantConv2d, QuantLayer, SkipConv2d
+from quant.integer.core import (
+    ATTENTION,
+    ENLARGE,
+    FILTER_DOWN,
+    FILTER_UP,
+    GELU,
+    KEEP,
+    MIRROR_DOWN,
+    MIRROR_UP,
+    MISH,
+    POOL,
+    QUANTIZE,
+    RELU,
+    SILU,
+)
+from quant.integer.layers import Layers
+from quant.integer.lines import Program
+from quant.layers import SkipConv2d
+
+ACTIVATIONS = {nn.SiLU: SILU, nn.GELU: GELU, nn.ReLU: RELU, nn.Mish: MISH}
+
+DOWN_BLOCKS = (
+    blocks.DownBlock2D, blocks.AttnDownBlock2D, blocks.ResnetDownsampleBlock2D, blocks.SkipDownBlock2D,
+    blocks.AttnSkipDownBlock2D, blocks.KDownBlock2D,
+)  # fmt: skip
+UP_BLOCKS = (
+    blocks.UpBlock2D, blocks.AttnUpBlock2D, blocks.ResnetUpsampleBlock2D, blocks.SkipUpBlock2D,
+    blocks.AttnSkipUpBlock2D, blocks.KUpBlock2D,
+)  # fmt: skip
+RESIDUAL_BLOCKS = (ResnetBlock2D, ResnetBlockCondNorm2D)
+
+# What each way of resampling computes, of images (1, C, H, W).
+FILTER = (1, 3, 3, 1)
+RESAMPLINGS: dict[int, Any] = {
+    POOL: partial(F.avg_pool2d, kernel_size=2, stride=2),
+    ENLARGE: partial(F.interpolate, scale_factor=2.0, mode="nearest"),
+    FILTER_DOWN: partial(downsample_2d, kernel=FILTER),
+    FILTER_UP: partial(upsample_2d, kernel=FILTER),
+    MIRROR_DOWN: KDownsample2D(),
+    MIRROR_UP: KUpsample2D(),
+}
 
 
-def filled(channels: int) -> int:
-    """`channels` up to the next multiple of 16."""
-    return math.ceil(channels / LANES) * LANES
+class _Follower:
+    """Appends to a program what a UNet's parts compute; a state comes in, and the number of another goes out."""
 
+    def __init__(self, program: Program):
+        self.program = program
 
-class IntegerLayer:
-    """A frozen layer as the core reads it; a linear layer is a convolution of 1×1.
+    def residual(self, block: Any, x: int, skip: int = -1) -> int:
+        emit, change = self.program.emit, self.program.change
+        activation, resampling = ACTIVATIONS[type(block.nonlinearity)], block_resampling(block)
+        if resampling == KEEP:
+            hidden = emit(block.conv1, x, activation, block.norm1, skip)
+        elif resampling == ENLARGE:  # the same for codes, which are smaller
+            hidden = emit(block.conv1, x, activation, block.norm1, factor=2)
+        elif resampling == POOL:
+            hidden = emit(block.conv1, change(x, activation, block.norm1, POOL))
+        else:  # a filter meets every number several times
+            hidden = emit(block.conv1, change(change(x, activation, block.norm1), resampling=resampling))
+        if resampling != KEEP:
+            x = change(x, resampling=resampling)
+        shortcut = block.conv_shortcut
+        if isinstance(shortcut, SkipConv2d):
+            x = emit(shortcut.skip, skip, residual=emit(shortcut.hidden, x))
+        elif shortcut is not None:
+            x = emit(shortcut, x, skip=skip)
+        return self.divide(emit(block.conv2, hidden, activation, block.norm2, residual=x), block.output_scale_factor)
 
-    Attributes:
-        weight: int8 (channels / 16, height, width, input channels / 4, 16, 4), filled up with zeros.
-        weight_sum: int32 (channels,), of all weights of an output channel.
-        scales, bias: float32 (channels,), the weights' step sizes, and the bias.
-        padding: top, left, bottom, right.
-        first_channel: where its output channels begin among those of all layers, each filled up to 16.
-    """
+    def attend(self, block: Any, x: int) -> int:
+        if block is None:
+            return x
+        qkv = self.program.emit(block.to_qkv, x, norm=block.group_norm)
+        residual = x if block.residual_connection else -1
+        y = self.program.emit(block.to_out[0], qkv, ATTENTION, residual=residual, heads=block.heads)
+        return self.divide(y, block.rescale_output_factor)
 
-    def __init__(self, number: int, name: str, layer: QuantLayer, pad_end: int, first_channel: int):
-        if layer.codes is None:
-            raise ValueError("only a frozen student runs on integers: call quant.freeze first")
-        codes = layer.codes if isinstance(layer, QuantConv2d) else layer.codes[:, :, None, None]
-        geometry = layer.geometry if isinstance(layer, QuantConv2d) else (1, 0, 1, 1)
-        stride, padding, dilation, groups = geometry
-        if isinstance(padding, str):
-            raise ValueError(f'{name}: padding "{padding}" is not supported on integers, only numbers')
-        if groups != 1:
-            raise ValueError(f"{name}: {groups} groups are not supported on integers, only 1")
-        self.number, self.name, self.layer, self.first_channel = number, name, layer, first_channel
-        self.stride, self.dilation, (y, x) = (_pair(value) for value in (stride, dilation, padding))
-        self.padding = [y, x, y + pad_end, x + pad_end]
-        self.out_channels, self.in_channels, *self.kernel = codes.shape
-        self.largest_product = layer.act_quantizer.qmax * -layer.weight_quantizer.qmin
-        if 2 * self.largest_product * codes[0].numel() >= 1 << 31:  # twice, for the zero point takes as much
-            raise ValueError(f"{name}: sums of {codes[0].numel():,} products are too large for integers of 32 bits")
-        full = F.pad(codes, (0, 0, 0, 0, 0, -self.in_channels % 4, 0, -self.out_channels % LANES))
-        pattern = "(o sixteen) (c four) h w -> o h w c sixteen four"
-        self.weight = rearrange(full, pattern, sixteen=LANES, four=4).contiguous().numpy()
-        self.weight_sum = codes.flatten(1).sum(1, dtype=torch.int32).numpy()
-        self.scales, self.bias = (x.detach().numpy() for x in (layer.weight_quantizer.scale, layer.bias))
+    def divide(self, x: int, divisor: float) -> int:
+        return x if divisor == 1 else self.program.change(x, divisor=float(divisor))
 
-    @property
-    def channels(self) -> slice:
-        """Its output channels among those of all layers."""
-        return slice(self.first_channel, self.first_channel + self.out_channels)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of what the layer makes of an image."""
-        top, left, bottom, right = self.padding
-        return (
-            (height + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1,
-            (width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1,
-        )
-
-    def structure(self) -> core.Layer:
-        """For the core; `self` must outlive it."""
-        sizes = (self.in_channels, self.out_channels, *self.kernel, *self.stride, *self.dilation, *self.padding)
-        return core.Layer(*sizes, self.largest_product, self.first_channel, self.weight.ctypes.data)
-
-
-def _pair(value: int | tuple[int, int]) -> list[int]:
-    return [value] * 2 if isinstance(value, int) else list(value)
-
-
-class Layers(dict[QuantLayer, IntegerLayer]):
-    """The layers of a student with their integer form, and its normalisations, in the order of their definition.
-
-    Attributes:
-        channels: output channels of all layers together, each filled up to 16.
-        table, norm_table: what the core reads.
-    """
-
-    def __init__(self, named: list[tuple[str, QuantLayer]], modules: list[nn.Module]):
-        super().__init__()
-        # Without padding of its own, diffusers' downsampling fills up below and to the right.
-        filled_up = {m.conv for m in modules if isinstance(m, Downsample2D) and m.use_conv and m.padding == 0}
-        self.channels = 0
-        for number, (name, layer) in enumerate(named):
-            self[layer] = IntegerLayer(number, name, layer, int(layer in filled_up), self.channels)
-            self.channels += filled(self[layer].out_channels)
-        self.table = (core.Layer * len(self))(*(layer.structure() for layer in self.values()))
-        norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
-        self.norms = {norm: number for number, norm in enumerate(norms)}
-        self._numbers = [[p.detach().numpy() for p in (norm.weight, norm.bias)] for norm in norms]
-        self.norm_table = (core.Norm * len(norms))(
-            *(
-                core.Norm(norm.num_groups, norm.eps, weight.ctypes.data, bias.ctypes.data)
-                for norm, (weight, bias) in zip(norms, self._numbers, strict=True)
-            )
-        )
-
-
-@dataclass
-class Line:
-    """A line of `core.Line`, its states still numbered: -1 is nothing as skip or residual."""
-
-    kind: int
-    layer: int
-    norm: int
-    source: int
-    skip: int
-    residual: int
-    target: int
-    factor: int
-    heads: int
-
-
-class Program:
-    """Lines over numbered states, the first of which is given.
-
-    Attributes:
-        lines: in the order of execution.
-        shapes: of each state, channels, height, width.
-        offsets: of each state in the `memory` floats of a thread: no two that are needed at the same time overlap.
-        structure: what the core reads.
-    """
-
-    def __init__(self, layers: Layers, shape: tuple[int, int, int]):
-        self.lines: list[Line] = []
-        self.shapes = [shape]
-        self._layers = layers
-
-    def emit(
-        self, layer: Any, source: int, kind: int = QUANTIZE, norm: Any = None, skip: int = -1, residual: int = -1,
-        factor: int = 1, heads: int = 0,
-    ) -> int:  # fmt: skip
-        """Append a line; the number of its target."""
-        integer, target = self._layers[layer], len(self.shapes)
-        channels, height, width = self.shapes[source]
-        channels = channels // (3 if kind == ATTENTION else 1) + (self.shapes[skip][0] if skip >= 0 else 0)
-        if channels != integer.in_channels:
-            raise ValueError(f"{integer.name}: {channels} channels meet a layer of {integer.in_channels}")
-        if skip >= 0 and self.shapes[skip][1:] != (height, width):
-            raise ValueError(f"{integer.name}: a skip of {self.shapes[skip][1:]} pixels meets {(height, width)}")
-        number = -1 if norm is None else self._layers.norms[norm]
-        self.lines.append(Line(kind, integer.number, number, source, skip, residual, target, factor, heads))
-        shape = (integer.out_channels, *integer.output_size(height * factor, width * factor))
-        if min(shape) < 1 or (residual >= 0 and self.shapes[residual] != shape):
-            raise ValueError(f"{integer.name}: images of {self.shapes[0]} are too small or do not divide")
-        self.shapes.append(shape)
-        return target
-
-    def place(self, results: list[int]) -> "Program":
-        """Give every state its place in memory; `results` stay in theirs to the end."""
-        last_use = dict.fromkeys(results, len(self.lines))
-        for at, line in reversed(list(enumerate(self.lines))):
-            for state in (line.source, line.skip, line.residual):
-                last_use.setdefault(state, at)
-        sizes = [filled(channels) * height * width for channels, height, width in self.shapes]
-        self.offsets, live, self.memory = {-1: -1, 0: 0}, {0}, sizes[0]
-        for at, line in enumerate(self.lines):
-            start = 0
-            for other in sorted(live, key=self.offsets.__getitem__):
-                if start + sizes[line.target] <= self.offsets[other]:
-                    break
-                start = max(start, self.offsets[other] + sizes[other])
-            self.offsets[line.target] = start
-            self.memory = max(self.memory, start + sizes[line.target])
-            live = {state for state in live | {line.target} if last_use.get(state, at) > at}
-        placed = (core.Line * len(self.lines))(*map(self._placed, self.lines))
-        first, last = self.shapes[0], self.shapes[results[-1]]
-        ends = (0, first[0], first[1] * first[2], self.offsets[results[-1]], last[0], last[1] * last[2])
-        self.structure = core.Program(
-            *ends, len(placed), placed, self._layers.table, self._layers.norm_table, self.memory
-        )
-        return self
-
-    def _placed(self, line: Line) -> core.Line:
-        channels, height, width = self.shapes[line.source]
-        skip_channels = 0 if line.skip < 0 else self.shapes[line.skip][0]
-        source, skip, residual, target = (
-            self.offsets[state] for state in (line.source, line.skip, line.residual, line.target)
-        )
-        return core.Line(
-            line.kind, line.layer, line.norm, source, channels, skip, skip_channels, residual, target,
-            height, width, line.factor, line.heads,
-        )  # fmt: skip
+    def resample(self, sampler: Any, x: int) -> int:
+        if isinstance(sampler, RESIDUAL_BLOCKS):
+            return self.residual(sampler, x)
+        if isinstance(sampler, Downsample2D) and sampler.use_conv:
+            return self.program.emit(sampler.conv, x)
+        if isinstance(sampler, Upsample2D) and sampler.use_conv:
+            return self.program.emit(sampler.conv if sampler.name == "conv" else sampler.Conv2d_0, x, factor=2)
+        return self.program.change(x, resampling=resampling_of(sampler, self.program.shapes[x][0]))
 
 
 def follow_unet(unet: UNet2DModel, layers: Layers, height: int, width: int) -> Program:
@@ -213,60 +117,127 @@ def follow_unet(unet: UNet2DModel, layers: Layers, height: int, width: int) -> P
     """
     parts: Any = unet
     program = Program(layers, (parts.config.in_channels, height, width))
-
-    def residual(block: Any, x: int, skip: int = -1) -> int:
-        hidden = program.emit(block.conv1, x, SILU, block.norm1, skip)
-        shortcut = block.conv_shortcut
-        if isinstance(shortcut, SkipConv2d):
-            x = program.emit(shortcut.skip, skip, residual=program.emit(shortcut.hidden, x))
-        elif shortcut is not None:
-            x = program.emit(shortcut, x, skip=skip)
-        return program.emit(block.conv2, hidden, SILU, block.norm2, residual=x)
-
-    def attend(block: Any, x: int) -> int:
-        if block is None:
-            return x
-        qkv = program.emit(block.to_qkv, x, norm=block.group_norm)
-        return program.emit(block.to_out[0], qkv, ATTENTION, residual=x, heads=block.heads)
-
-    x = program.emit(parts.conv_in, 0)
+    follow = _Follower(program)
+    # Beside the network, blocks with a `skip_conv` pass on the image itself: smaller and smaller on the way down, and
+    # put together on the way up.
+    image = program.change(0, centre=0.5, divisor=0.5) if parts.config.center_input_sample else 0
+    x = program.emit(parts.conv_in, image)
     skips = [x]
     for block in parts.down_blocks:
         for resnet, attention in _pairs(block):
-            x = attend(attention, residual(resnet, x))
+            x = follow.attend(attention, follow.residual(resnet, x))
             skips.append(x)
+        if getattr(block, "skip_conv", None) is not None:
+            x = follow.residual(block.resnet_down, x)
         for sampler in block.downsamplers or []:
-            x = program.emit(sampler.conv, x)
-            skips.append(x)
+            if hasattr(block, "skip_conv"):
+                image = follow.resample(sampler, image)
+                x = program.emit(block.skip_conv, image, residual=x)
+            else:
+                x = follow.resample(sampler, x)
+            if not isinstance(block, blocks.KDownBlock2D):
+                skips.append(x)
     if parts.mid_block is not None:
         first, *rest = parts.mid_block.resnets
-        x = residual(first, x)
+        x = follow.residual(first, x)
         for resnet, attention in zip(rest, parts.mid_block.attentions, strict=True):
-            x = residual(resnet, attend(attention, x))
+            x = follow.residual(resnet, follow.attend(attention, x))
+    image = -1
     for block in parts.up_blocks:
-        for resnet, attention in _pairs(block):
-            x = attend(attention, residual(resnet, x, skips.pop()))
-        for sampler in block.upsamplers or []:
-            x = program.emit(sampler.conv, x, factor=2)
-    return program.place([program.emit(parts.conv_out, x, SILU, parts.conv_norm_out)])
+        count = len(block.resnets)
+        theirs, skips = skips[-count:], skips[:-count]
+        for number, (resnet, attention) in enumerate(_pairs(block)):
+            skip = -1 if isinstance(block, blocks.KUpBlock2D) and number > 0 else theirs.pop()
+            x = follow.attend(attention, follow.residual(resnet, x, skip))
+        if hasattr(block, "skip_conv"):
+            image = -1 if image < 0 else follow.resample(block.upsampler, image)
+            if block.skip_conv is not None:
+                image = program.emit(block.skip_conv, x, SILU, block.skip_norm, residual=image)
+                x = follow.residual(block.resnet_up, x)
+        else:
+            for sampler in block.upsamplers or []:
+                x = follow.resample(sampler, x)
+    return program.place([program.emit(parts.conv_out, x, SILU, parts.conv_norm_out, residual=image)])
 
 
-def follow_time_embedding(unet: UNet2DModel, layers: Layers) -> tuple[Program, dict[QuantLayer, int]]:
-    """From the sinusoids of a timestep to what it adds to a convolution: a program, and the state for each of them."""
-    parts: Any = unet
-    program = Program(layers, (parts.time_proj.num_channels, 1, 1))
-    embedding = program.emit(parts.time_embedding.linear_2, program.emit(parts.time_embedding.linear_1, 0), SILU)
-    added = {
-        block.conv1: program.emit(block.time_emb_proj, embedding, SILU)
-        for block in unet.modules()
-        if isinstance(block, ResnetBlock2D)
-    }
-    return program.place(list(added.values())), added
-
-
-def _pairs(block: Any) -> list[tuple[ResnetBlock2D, Attention | None]]:
+def _pairs(block: Any) -> list[tuple[Any, Attention | None]]:
     """The residual blocks of an up- or down-sampling block, each with the attention behind it."""
-    return list(zip(block.resnets, getattr(block, "attentions", [None] * len(block.resnets)), strict=True))
+    attentions = list(getattr(block, "attentions", [None] * len(block.resnets)))
+    if isinstance(block, blocks.AttnSkipUpBlock2D):  # has one, behind the last
+        attentions = [None] * (len(block.resnets) - 1) + attentions
+    return list(zip(block.resnets, attentions, strict=True))
+
+
+@dataclass
+class TimeProgram:
+    """From a timestep, and a class, to what they do to the network.
+
+    Attributes:
+        program: its first state is what `time_proj` makes of the timestep. With classes the second is the class's row
+            of the embedding, or what `time_proj` makes of it.
+        added: for each layer the state that is added to its output.
+        modulated: for each normalisation the state of what its weights are to be scaled and shifted by.
+    """
+
+    program: Program
+    added: dict[Any, int]
+    modulated: dict[Any, int]
+
+
+def follow_time_embedding(unet: UNet2DModel, layers: Layers) -> TimeProgram:
+    """The part of `unet` that does not depend on the sample."""
+    parts: Any = unet
+    embeds, classes = parts.time_embedding, parts.class_embedding
+    given = [(layers[embeds.linear_1].in_channels, 1, 1)]
+    if classes is not None:
+        embedded = isinstance(classes, nn.Embedding)
+        given.append((classes.embedding_dim if embedded else layers[classes.linear_1].in_channels, 1, 1))
+    program = Program(layers, *given)
+    of_class = -1
+    if classes is not None:
+        of_class = 1 if embedded else _embed(program, classes, 1)
+    embedding = _embed(program, embeds, 0, of_class)
+    added, modulated = {}, {}
+    for block in unet.modules():
+        parts = block
+        if isinstance(block, ResnetBlock2D) and parts.time_emb_proj is not None:
+            kind = QUANTIZE if block.skip_time_act else ACTIVATIONS[type(parts.nonlinearity)]
+            state = program.emit(parts.time_emb_proj, embedding, kind)
+            if block.time_embedding_norm == "scale_shift":
+                modulated[parts.norm2] = state
+            else:
+                added[parts.conv1] = state
+        elif isinstance(block, AdaGroupNorm):
+            kind = QUANTIZE if parts.act is None else ACTIVATIONS[type(parts.act)]
+            modulated[block] = program.emit(parts.linear, embedding, kind)
+    return TimeProgram(program.place([*added.values(), *modulated.values()]), added, modulated)
+
+
+def _embed(program: Program, embedding: Any, source: int, residual: int = -1) -> int:
+    hidden = program.emit(embedding.linear_1, source)
+    return program.emit(embedding.linear_2, hidden, ACTIVATIONS[type(embedding.act)], residual=residual)
+
+
+def block_resampling(block: Any) -> int:
+    """How a residual block resamples."""
+    function = block.upsample or block.downsample
+    return KEEP if function is None else resampling_of(function, block.in_channels)
+
+
+def resampling_of(function: Any, channels: int) -> int:
+    """How `function` resamples images (1, `channels`, H, W): diffusers keeps it in a lambda, so it is tried out.
+
+    Raises:
+        ValueError: in none of the known ways.
+    """
+    image = torch.arange(36.0).square().fmod(11).view(1, 1, 6, 6)
+    with torch.no_grad():
+        answer: Tensor = function(image.expand(1, channels, 6, 6))[:, :1]
+        for resampling, known in RESAMPLINGS.items():
+            expected: Tensor = known(image)
+            if answer.shape == expected.shape and torch.allclose(answer, expected, atol=1e-4):
+                return resampling
+    raise ValueError("a resampling of its own kind is not supported on integers")
 
 
 def refuse_unsupported(unet: UNet2DModel) -> None:
@@ -276,34 +247,58 @@ def refuse_unsupported(unet: UNet2DModel) -> None:
         if not condition:
             raise ValueError(f"{name}: {what} is not supported on integers")
 
-    options: Any = unet.config
+    def known(activation: Any, name: str) -> None:
+        kind = type(activation)
+        require(kind in ACTIVATIONS, name, f"a {kind.__name__}")
+        require(kind is not nn.GELU or activation.approximate == "none", name, "a GELU by tanh")
+
+    require(type(unet) is UNet2DModel, "unet", f"a {type(unet).__name__}")
     parts: Any = unet
-    require(not options.center_input_sample, "unet", "center_input_sample")
-    require(options.time_embedding_type != "fourier", "unet", 'time_embedding_type "fourier"')
-    require(isinstance(parts.time_proj, Timesteps), "time_proj", f"a {type(parts.time_proj).__name__}")
-    act = parts.time_embedding.act
-    require(isinstance(act, nn.SiLU), "time_embedding", f"a {type(act).__name__}")
-    require(unet.class_embedding is None, "unet", "class conditioning")
-    blocks = {"down_blocks": (DownBlock2D, AttnDownBlock2D), "up_blocks": (UpBlock2D, AttnUpBlock2D)}
-    for place, kinds in blocks.items():
+    proj, classes = parts.time_proj, parts.class_embedding
+    require(
+        isinstance(proj, Timesteps | GaussianFourierProjection | nn.Embedding), "time_proj", f"a {type(proj).__name__}"
+    )
+    require(not isinstance(proj, Timesteps) or proj.scale == 1, "time_proj", "a scale")
+    if isinstance(proj, GaussianFourierProjection):  # of angles within 2^20, for no logarithm of a float exceeds 104
+        require(proj.log, "time_proj", "Fourier features of t itself, not of its logarithm,")
+        require(proj.weight.abs().max().item() < 1600, "time_proj", "a frequency of 1,600 or more")
+    require(
+        isinstance(classes, nn.Embedding | TimestepEmbedding | None), "class_embedding", f"a {type(classes).__name__}"
+    )
+    for place, kinds in {"down_blocks": DOWN_BLOCKS, "up_blocks": UP_BLOCKS}.items():
         for number, block in enumerate(getattr(unet, place)):
             require(type(block) in kinds, f"{place}.{number}", f"a {type(block).__name__}")
-    require(isinstance(unet.mid_block, UNetMidBlock2D | None), "mid_block", f"a {type(unet.mid_block).__name__}")
+    mid = parts.mid_block
+    require(isinstance(mid, blocks.UNetMidBlock2D | None), "mid_block", f"a {type(mid).__name__}")
+    require(type(parts.conv_act) is nn.SiLU, "conv_act", f"a {type(parts.conv_act).__name__}")
     for name, module in unet.named_modules():
-        if isinstance(module, ResnetBlock2D):
-            require(
-                module.time_embedding_norm == "default", name, f'time_embedding_norm "{module.time_embedding_norm}"'
-            )
-            require(not module.up and not module.down, name, "resampling inside a residual block")
-            require(module.output_scale_factor == 1, name, f"output_scale_factor {module.output_scale_factor}")
-            require(isinstance(module.nonlinearity, nn.SiLU), name, f"a {type(module.nonlinearity).__name__}")
+        parts = module
+        if isinstance(module, TimestepEmbedding):
+            known(parts.act, name)
+            require(parts.cond_proj is None and parts.post_act is None, name, "a condition or a second activation")
+        elif isinstance(module, RESIDUAL_BLOCKS):
+            known(parts.nonlinearity, name)
+            norm = parts.time_embedding_norm
+            require(norm in ("default", "scale_shift", "ada_group"), name, f'time_embedding_norm "{norm}"')
+            require(_followed(partial(block_resampling, module)), name, "a resampling of its own kind")
+        elif isinstance(module, AdaGroupNorm):
+            if parts.act is not None:
+                known(parts.act, name)
         elif isinstance(module, Attention):
-            require(module.residual_connection, name, "attention without its residual connection")
-            require(module.rescale_output_factor == 1, name, f"rescale_output_factor {module.rescale_output_factor}")
-            require(module.group_norm is not None, name, "attention without group_norm")
-            require(module.spatial_norm is None, name, "spatial_norm")
-            require(module.norm_q is None and module.norm_k is None, name, "a norm of queries or keys")
+            require(parts.spatial_norm is None, name, "spatial_norm")
+            require(parts.norm_q is None and parts.norm_k is None, name, "a norm of queries or keys")
         elif isinstance(module, Downsample2D | Upsample2D):
-            require(module.use_conv and module.norm is None, name, "resampling without a convolution, or with a norm")
+            require(module.norm is None, name, "resampling with a norm")
+        elif isinstance(module, FirDownsample2D | FirUpsample2D):
+            require(not module.use_conv, name, "a filter with a convolution")
+            require(tuple(module.fir_kernel) == FILTER, name, f"the filter {tuple(module.fir_kernel)}")
         if isinstance(module, Upsample2D):
             require(module.interpolate and not module.use_conv_transpose, name, "a transposed convolution")
+
+
+def _followed(resampling: Any) -> bool:
+    try:
+        resampling()
+    except ValueError:
+        return False
+    return True

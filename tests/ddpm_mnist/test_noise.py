@@ -63,7 +63,7 @@ def test_a_million_numbers_are_normal():
 
 
 def test_the_noise_of_a_seed_stays_what_it_is():
-    noise = draw_noise(image_generators(range(4)))
+    noise = draw_noise(image_generators(range(4)), (1, 28, 28))
     assert noise.shape == (4, 1, 28, 28)
     assert noise.dtype == torch.float32
     digest = hashlib.sha256(noise.numpy().astype("<f4").tobytes()).hexdigest()
@@ -72,13 +72,15 @@ def test_the_noise_of_a_seed_stays_what_it_is():
 
 def test_the_noise_of_an_image_goes_on():
     generators = image_generators(range(5, 8))
-    first, second = draw_noise(generators), draw_noise(generators)
+    first, second = draw_noise(generators, (1, 28, 28)), draw_noise(generators, (1, 28, 28))
     assert not torch.equal(first, second)
     assert torch.equal(torch.cat([first, second], dim=2), draw_noise(image_generators(range(5, 8)), (1, 56, 28)))
 
 
 def test_noise_depends_on_its_seed_alone():
     seeds = range(2**32 - 5, 2**32)  # the last that a buffer may ask for
-    whole = draw_noise(image_generators(seeds))
-    assert torch.equal(whole, torch.cat([draw_noise(image_generators(part)) for part in (seeds[:2], seeds[2:])]))
+    whole = draw_noise(image_generators(seeds), (1, 28, 28))
+    assert torch.equal(
+        whole, torch.cat([draw_noise(image_generators(part), (1, 28, 28)) for part in (seeds[:2], seeds[2:])])
+    )
     assert len(whole.flatten(1).unique(dim=0)) == 5

@@ -4,8 +4,10 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
+from ddpm_mnist import InputError
 from ddpm_mnist.noise import draw_noise, image_generators
 from ddpm_mnist.sampler import SamplerConfig, Solver, batches, denoise, make_scheduler, sample, to_uint8
+from ddpm_mnist.schedule import house_schedule
 from ddpm_mnist.unet import make_noise_schedule
 
 SOLVERS = [("ddim", 0.0), ("ddim", 1.0), ("dpm++", 0.0)]
@@ -16,7 +18,7 @@ def probe(config, dtype):
 
     Its tables are float32; for float64 they are put in its place.
     """
-    scheduler, num_steps = make_scheduler(config), config.num_steps
+    scheduler, num_steps = make_scheduler(config, house_schedule()), config.num_steps
     options = {"prediction_type": "sample", "clip_sample": False, "thresholding": False}
     scheduler = type(scheduler).from_config(scheduler.config, **options)
     scheduler.set_timesteps(num_steps)
@@ -61,7 +63,7 @@ def test_coefficients_stay_what_they_are(config, digest):
 
 def test_noise_is_added_as_in_training():
     solver, schedule = Solver(SamplerConfig()), make_noise_schedule()
-    step, (x0, eps) = torch.arange(20), draw_noise(image_generators(range(40))).split(20)
+    step, (x0, eps) = torch.arange(20), draw_noise(image_generators(range(40)), (1, 28, 28)).split(20)
     noisy = schedule.add_noise(x0, eps, solver.timesteps)
     torch.testing.assert_close(solver.add_noise(step, x0, eps), noisy, rtol=0, atol=2e-6)
     torch.testing.assert_close(solver.predict_x0(step, noisy, eps), x0.clamp(-1, 1), rtol=0, atol=1e-4)
@@ -71,23 +73,23 @@ def test_noise_is_added_as_in_training():
 @pytest.mark.parametrize(("name", "eta"), SOLVERS)
 def test_states_equal_diffusers_scheduler(unet, name, eta, num_steps):
     config = SamplerConfig(name, num_steps, eta)
-    scheduler, generators = make_scheduler(config), image_generators(range(7, 10))
-    x = draw_noise(generators)
+    scheduler, generators = make_scheduler(config, house_schedule()), image_generators(range(7, 10))
+    x = draw_noise(generators, (1, 28, 28))
     for step in denoise(unet, Solver(config), range(7, 10)):
         t = scheduler.timesteps[step.number]
         assert (step.x - x).abs().max() < 5e-5
         options = {"eta": eta, "use_clipped_model_output": True} if name == "ddim" else {}
         if eta:
-            options["variance_noise"] = draw_noise(generators)
+            options["variance_noise"] = draw_noise(generators, (1, 28, 28))
         x = scheduler.step(unet(x, t).sample, t, x, **options).prev_sample
     assert (step.x_next - x).abs().max() < 5e-5
 
 
 def test_images_equal_diffusers_pipeline(unet, monkeypatch):
-    noise = draw_noise(image_generators(range(3, 7)))
+    noise = draw_noise(image_generators(range(3, 7)), (1, 28, 28))
     monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: noise)
     config = SamplerConfig("ddim", 10)
-    pipeline = DDIMPipeline(unet=unet, scheduler=make_scheduler(config))
+    pipeline = DDIMPipeline(unet=unet, scheduler=make_scheduler(config, house_schedule()))
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(4, num_inference_steps=10, use_clipped_model_output=True, output_type="np").images
     for step in denoise(unet, Solver(config), range(3, 7)):
@@ -99,7 +101,7 @@ def test_images_equal_diffusers_pipeline(unet, monkeypatch):
 def test_specimen_diffusers_default_carries_the_unclipped_error_on(unet):
     """Without use_clipped_model_output, DDIM clips x0 and keeps ε: not the sampler of the house."""
     config = SamplerConfig("ddim", 10)
-    scheduler, x = make_scheduler(config), draw_noise(image_generators(range(4)))
+    scheduler, x = make_scheduler(config, house_schedule()), draw_noise(image_generators(range(4)), (1, 28, 28))
     for t in scheduler.timesteps:
         x = scheduler.step(unet(x, t).sample, t, x).prev_sample
     for step in denoise(unet, Solver(config), range(4)):
@@ -110,11 +112,11 @@ def test_specimen_diffusers_default_carries_the_unclipped_error_on(unet):
 @pytest.mark.parametrize(("name", "eta"), SOLVERS)
 def test_an_image_depends_on_its_seed_alone(unet, name, eta):
     config = SamplerConfig(name, 4, eta)
-    whole = sample(unet, config, num_images=7, seed=5, batch_size=7)
+    whole = sample(unet, Solver(config), num_images=7, seed=5, batch_size=7)
     assert whole.dtype == torch.uint8
     assert whole.shape == (7, 28, 28)
-    parts = sample(unet, config, num_images=7, seed=5, batch_size=3)
-    later = sample(unet, config, num_images=2, seed=10, batch_size=1)
+    parts = sample(unet, Solver(config), num_images=7, seed=5, batch_size=3)
+    later = sample(unet, Solver(config), num_images=2, seed=10, batch_size=1)
     # A float network may round differently in another batch: one grey level is the most that it may show.
     for one, other in ((whole, parts), (whole[5:], later)):
         difference = (one.int() - other.int()).abs()
@@ -127,9 +129,9 @@ def test_samples_of_one_batch_may_stand_at_different_steps(unet):
     steps = list(denoise(unet, solver, range(3)))
     where = torch.tensor([0, 5, 3])
     who = torch.arange(3)
-    x, eps, expected = (torch.stack([getattr(s, k) for s in steps])[where, who] for k in ("x", "eps", "x_next"))
+    x, eps, expected = (torch.stack([getattr(s, k) for s in steps])[where, who] for k in ("x", "answer", "x_next"))
     before = (where - 1).clamp(min=0)
-    x_before, eps_before = (torch.stack([getattr(s, k) for s in steps])[before, who] for k in ("x", "eps"))
+    x_before, eps_before = (torch.stack([getattr(s, k) for s in steps])[before, who] for k in ("x", "answer"))
     x0_prev = solver.predict_x0(before, x_before, eps_before)
     actual = solver.advance(where, x, solver.predict_x0(where, x, eps), x0_prev)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -144,7 +146,7 @@ def test_every_number_of_steps_that_is_accepted_can_be_sampled():
     for num_steps in range(1, 130):
         try:
             solver = Solver(SamplerConfig("ddim", num_steps))
-        except ValueError:
+        except InputError:
             continue
         assert len(solver.timesteps) == num_steps
         assert solver.timesteps.min() >= 0
@@ -168,12 +170,15 @@ def test_uint8_ends():
     ("options", "message"),
     [
         ({"solver": "euler"}, 'solver must be "ddim" or "dpm\\+\\+", not "euler"'),
-        ({"num_steps": 0}, "num_steps must lie in 1…1000, not 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1, not 0"),
         ({"num_steps": 61}, "num_steps 61 cannot be spaced"),
+        ({"num_steps": 1001}, "num_steps 1001 cannot be spaced over 1000 timesteps"),
+        ({"guidance_scale": 2.0}, "guidance_scale needs null_class"),
+        ({"guidance_scale": float("nan"), "null_class": 1}, "guidance_scale must be a number"),
         ({"solver": "ddim", "eta": 1.5}, "eta must lie in"),
         ({"eta": 0.5}, "eta is DDIM's"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SamplerConfig(**options)
+        Solver(SamplerConfig(**options))

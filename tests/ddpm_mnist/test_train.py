@@ -1,14 +1,19 @@
+import dataclasses
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_mnist import InputError
+from ddpm_mnist.command import run_command
 from ddpm_mnist.train import TeacherConfig, draw_batch, learning_rate, loss_weight, train_teacher
-from ddpm_mnist.unet import UNetConfig, load_teacher, make_noise_schedule
+from ddpm_mnist.unet import UNetConfig, load_teacher, make_noise_schedule, make_unet
 
 RUN = """
 import os, signal, sys
@@ -18,8 +23,8 @@ import ddpm_mnist.train as train
 from ddpm_mnist.runs import RunState
 from ddpm_mnist.unet import UNetConfig
 
-images = torch.randint(0, 256, (50, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-train.load_mnist = lambda split: (images, None)
+images = torch.randint(0, 256, (50, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+train.load_images = lambda data, split, size: images
 folder, killed_at = Path(sys.argv[1]), int(sys.argv[2])
 log = RunState.log
 def log_or_die(self, **row):
@@ -60,9 +65,13 @@ def tiny(folder, **options):
     return TeacherConfig(output=folder, unet=unet, total_updates=1, batch_size=2, grid_every=5, **options)
 
 
+def draw_black(monkeypatch):
+    images = torch.zeros(4, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr("ddpm_mnist.train.load_images", lambda data, split, size: images)
+
+
 def test_a_folder_of_another_configuration_is_refused(tmp_path, monkeypatch):
-    images = torch.zeros(4, 28, 28, dtype=torch.uint8)
-    monkeypatch.setattr("ddpm_mnist.train.load_mnist", lambda split: (images, None))
+    draw_black(monkeypatch)
     train_teacher(tiny(tmp_path))
     before = (tmp_path / "log.jsonl").read_text()
     with pytest.raises(InputError, match=r"was begun with learning_rate = 0\.002, now it is 0\.1"):
@@ -71,12 +80,69 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_truncated_state_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_mnist.train.load_mnist", lambda split: (torch.zeros(4, 28, 28, dtype=torch.uint8), None))
+    draw_black(monkeypatch)
     train_teacher(tiny(tmp_path))
     state = tmp_path / "state" / "latest.pt"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"latest\.pt cannot be read"):
         train_teacher(tiny(tmp_path))
+
+
+def save_images(path, *shape, seed=0):
+    np.save(path, np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+    return str(path)
+
+
+@pytest.mark.parametrize(("shape", "channels", "size"), [((3, 8, 12, 3), 3, [8, 12]), ((3, 12, 12), 1, 12)])
+def test_the_network_takes_channels_and_size_from_the_data(shape, channels, size, tmp_path):
+    unet = UNetConfig((8, 16), norm_num_groups=4, attention_head_dim=8)
+    data = save_images(tmp_path / "a.npy", *shape)
+    train_teacher(dataclasses.replace(tiny(tmp_path / "run", data=data), unet=unet))
+    config = load_teacher(tmp_path / "run").config
+    assert (config.in_channels, config.out_channels) == (channels, channels)
+    assert config.sample_size == size
+    picture = np.asarray(Image.open(tmp_path / "run" / "samples" / "000001.png"))
+    height, width = shape[1:3]
+    assert picture.shape == (8 * (height + 2) + 2, 8 * (width + 2) + 2, 3)
+    assert (picture == picture[..., :1]).all() == (channels == 1), "a grey picture has equal channels, and no other"
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"] == data
+
+
+def test_images_are_resized_as_the_config_says(tmp_path):
+    data = save_images(tmp_path / "a.npy", 3, 28, 30)
+    configs = []
+    for words in ([], ["--image_size", "12"], ["--image_size", "[8, 12]"]):
+        run_command("teacher", configs.append, TeacherConfig, ["--data", data, *words])
+    assert [config.image_size for config in configs] == [None, 12, (8, 12)]
+    train_teacher(tiny(tmp_path / "run", data=data, image_size=(8, 12)))
+    assert load_teacher(tmp_path / "run").config.sample_size == [8, 12]
+
+
+def test_sizes_that_cannot_be_halved_are_refused(tmp_path):
+    unet = UNetConfig((8, 8, 8), norm_num_groups=4, attention_head_dim=8)
+    message = r"images of 12×10 pixels cannot be halved 2 times, as 3 block_out_channels ask: .* multiples of 4 "
+    with pytest.raises(InputError, match=message):
+        make_unet(unet, 3, (12, 10))
+    config = tiny(tmp_path / "run", data=save_images(tmp_path / "a.npy", 3, 12, 10))
+    with pytest.raises(InputError, match=message):
+        train_teacher(dataclasses.replace(config, unet=unet))
+    x = torch.zeros(2, 3, 12, 20)
+    assert make_unet(unet, 3, (12, 20))(x, 0).sample.shape == x.shape
+
+
+def test_too_few_images_are_refused(tmp_path):
+    data = save_images(tmp_path / "a.npy", 1, 12, 12)
+    with pytest.raises(InputError, match=r"a\.npy has 1 images, fewer than a batch of 2: give more, or a smaller"):
+        train_teacher(tiny(tmp_path / "run", data=data))
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    data = save_images(tmp_path / "a.npy", 3, 12, 12)
+    train_teacher(tiny(tmp_path / "run", data=data))
+    train_teacher(tiny(tmp_path / "run", data=data))
+    save_images(tmp_path / "a.npy", 3, 12, 12, seed=1)
+    with pytest.raises(InputError, match=r"run was begun with other images than .*a\.npy holds now"):
+        train_teacher(tiny(tmp_path / "run", data=data))
 
 
 def test_the_learning_rate_is_a_trapezoid():
@@ -97,11 +163,13 @@ def test_min_snr_weight_caps_the_loss_on_x0():
     assert (loss_weight(alphas_cumprod, None) == 1).all()
 
 
-def test_a_batch_depends_on_seed_update_and_process():
-    images = torch.randint(0, 256, (50, 28, 28), dtype=torch.uint8)
+@pytest.mark.parametrize("shape", [(50, 28, 28), (50, 8, 12, 3)])
+def test_a_batch_depends_on_seed_update_and_process(shape):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
     first = draw_batch(images, 8, seed=0, update=3, rank=0)
     again = draw_batch(images, 8, seed=0, update=3, rank=0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[0].shape == (8, 3 if shape[3:] else 1, *shape[1:3])
     assert first[0].min() >= -1
     assert first[0].max() <= 1
     for other in ((1, 3, 0), (0, 4, 0), (0, 3, 1)):
@@ -113,6 +181,7 @@ def test_a_batch_depends_on_seed_update_and_process():
     [
         ({"total_updates": 0}, "total_updates must be positive, not 0"),
         ({"decay_fraction": 2}, "decay_fraction must lie in"),
+        ({"image_size": (0, 8)}, r"image_size must be positive, not \(0, 8\)"),
         ({"mixed_precision": "int4"}, 'mixed_precision must be "no" or "bf16", not "int4"'),
     ],
 )

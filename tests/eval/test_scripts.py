@@ -160,10 +160,10 @@ def test_a_damaged_student_gets_one_line(student_folder, damage, tmp_path, capsy
 def test_the_released_teacher_draws_digits():
     import torch
 
-    from ddpm_mnist.sampler import SamplerConfig, sample
+    from ddpm_mnist.sampler import SamplerConfig, Solver, sample
     from eval.metrics import measure
 
-    images = sample(load_model("teacher").denoiser, SamplerConfig(), num_images=128)
+    images = sample(load_model("teacher").denoiser, Solver(SamplerConfig()), num_images=128)
     noise = torch.randint(0, 256, images.shape, dtype=torch.uint8)
     assert measure(images, noise)["fid"] < 35 < 100 < measure(noise, images)["fid"]
 

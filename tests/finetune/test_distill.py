@@ -75,11 +75,13 @@ def test_the_buffers_noise_is_never_scored(unet, solver):
     from ddpm_mnist.noise import draw_noise, image_generators
     from ddpm_mnist.sampler import SEED_LIMIT
 
-    scored = draw_noise(image_generators(range(8)))
+    scored = draw_noise(image_generators(range(8)), (1, 28, 28))
     starts = [make_trajectories(unet, solver, count=8, seed=seed).x[:, 0] for seed in (0, 1)]
     noises = torch.cat([scored, *starts]).flatten(1)
     assert len(noises.unique(dim=0)) == 24
-    assert torch.equal(starts[1], draw_noise(image_generators(range(SEED_LIMIT + 2**18, SEED_LIMIT + 2**18 + 8))))
+    assert torch.equal(
+        starts[1], draw_noise(image_generators(range(SEED_LIMIT + 2**18, SEED_LIMIT + 2**18 + 8)), (1, 28, 28))
+    )
 
 
 def test_adapters_learn_in_proportion_to_their_layers_mean_weight_step_size(student):
@@ -119,7 +121,8 @@ def test_what_is_learned_changes_and_nothing_else_does(student, solver, buffer, 
         if name.endswith("act_quantizer.scale"):
             assert (tensor != before[name]).all(), f"{name}: the step size of every timestep is learned"
         elif name.endswith(learned):
-            assert not torch.equal(tensor, before[name]), name
+            cuts_off = name != "unet.conv_out.act_quantizer.zero_point"  # of 8 bits; where nothing is, none is learned
+            assert not (cuts_off and torch.equal(tensor, before[name])), name
         else:
             assert torch.equal(tensor, before[name]), name
     trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}

@@ -53,15 +53,15 @@ def test_the_gain_lies_on_the_line_through_the_last_two(tried, gain):
 def test_the_noise_is_what_the_network_answers(unet):
     images = torch.randint(256, (70, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
     x = images.float()[:, None] / 127.5 - 1
-    assert noise_left(unet, images) == pytest.approx((unet(x, 49).sample ** 2).mean().item(), rel=1e-4)
+    assert noise_left(unet, images, 49) == pytest.approx((unet(x, 49).sample ** 2).mean().item(), rel=1e-4)
 
 
 def test_the_teacher_sees_the_noise_that_is_added():
     teacher, sampler = load_model("teacher").denoiser, SamplerConfig("dpm++", 10)
-    images = sample(teacher, sampler, 32, seed=0)
+    images = sample(teacher, Solver(sampler), 32, seed=0)
     z = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = [(images + strength * z).round().clamp(0, 255).byte() for strength in (0, 10, 20)]
-    clean, some, more = (noise_left(teacher, x) for x in noisy)
+    clean, some, more = (noise_left(teacher, x, 49) for x in noisy)
     assert 2 * clean < some < more
 
 
@@ -73,7 +73,7 @@ def matched_from_a_small_eps():
     student = quantize(teacher, QuantConfig(8, 8), solver.timesteps.tolist())
     calibrate(student, calibration_states(make_trajectories(teacher, solver, 32, seed=0), solver, 32))
     small = scaled(freeze(student), 0.97)
-    options = teacher, sampler, sample(teacher, sampler, count, noise), noise, "integer"
+    options = teacher, solver, sample(teacher, solver, count, noise), noise, "integer"
     matched = match_noise(small, *options)
     return matched, match_noise(matched.student, *options)
 
@@ -92,7 +92,7 @@ def test_a_student_that_leaves_no_more_is_left_as_it_is(noise, gain, student, un
     values = iter([1.0, *(noise - (0.1 if trial == 2 else 0.0) for trial in range(len(GAINS)))])
     monkeypatch.setattr("finetune.gain.noise_left", lambda *_: next(values))
     frozen, images = freeze(student), torch.zeros(2, 28, 28, dtype=torch.uint8)
-    matched = match_noise(frozen, unet, SamplerConfig(num_steps=6), images, 0, "simulated")
+    matched = match_noise(frozen, unet, Solver(SamplerConfig(num_steps=6)), images, 0, "simulated")
     assert matched.gain == gain
     before, after = (model.unet.conv_out.weight_quantizer.scale.item() for model in (frozen, matched.student))
     assert after == pytest.approx(before * (1 + gain), rel=1e-3)
@@ -104,7 +104,7 @@ def test_a_teacher_that_sees_no_noise_is_refused(student, unet):
     torch.nn.init.zeros_(unet.conv_out.bias)
     images = torch.zeros(2, 28, 28, dtype=torch.uint8)
     with pytest.raises(InputError, match="gain_images must be 0"):
-        match_noise(freeze(student), unet, SamplerConfig(num_steps=6), images, 0, "simulated")
+        match_noise(freeze(student), unet, Solver(SamplerConfig(num_steps=6)), images, 0, "simulated")
 
 
 def test_no_buffer_holds_the_noises_that_are_held_out():

@@ -143,7 +143,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
         (["--distill.learn", "magic"], "learn must be adapters or weights, not magic"),
         (["--recipe", "magic"], 'recipe must be "distill" or "published", not "magic"'),
         (["--teacher_steps", "0"], "teacher_steps must be at least 1, not 0"),
-        (["--teacher_steps", "51"], "num_steps must lie in 1…1000, not 1020"),
+        (["--teacher_steps", "51"], "num_steps 1020 cannot be spaced over 1000 timesteps"),
         (["--teacher_steps", "61", "--sampler.num_steps", "2"], "num_steps 122 cannot be spaced over 1000 timesteps"),
         (["--sampler.solver", "ddim", "--sampler.eta", "1"], "eta must be 0"),
         (["--sampler.num_steps", "1"], "distill.rollout_steps must be at most sampler.num_steps, 1"),

@@ -103,7 +103,8 @@ def test_files_that_do_not_fit_each_other_are_refused(folder, change, message):
 def test_a_dead_input_keeps_a_step_size_that_half_precision_holds(student, buffer):
     layer = dict(student.layers())["conv_out"]
     with torch.no_grad():
-        layer.act_quantizer.initialise(torch.zeros(6, 100))
+        for row in range(6):
+            layer.act_quantizer.initialise(torch.zeros(100), row=row)
         layer.weight_quantizer.initialise(torch.zeros(layer.weight_shape))
     frozen = freeze(freeze(student))
     with torch.no_grad():

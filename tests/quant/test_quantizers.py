@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from diffusers import DDIMScheduler
 
 from quant.quantizers import ActivationQuantizer, Clock, WeightQuantizer
 
@@ -105,7 +106,8 @@ def test_the_search_for_activations_is_done_for_each_step_on_its_own(bits):
     generator = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.silu(torch.randn(3, 4000, generator=generator)) * torch.tensor([[0.1], [1.0], [7.0]])
     quantizer = make_quantizer(bits=bits)
-    quantizer.initialise(rows)
+    for number, row in enumerate(rows):
+        quantizer.initialise(row, row=number)
     assert quantizer.scale[0] < quantizer.scale[1] < quantizer.scale[2]
     for row, t in zip(rows, quantizer.clock.timesteps, strict=True):
         quantizer.clock.set(torch.tensor([t]))
@@ -116,3 +118,29 @@ def test_the_search_for_activations_is_done_for_each_step_on_its_own(bits):
             row, step.item(), round((-low / step).item()), 0, quantizer.qmax
         )
         assert error <= (min_max - row).square().mean() * 1.001
+
+
+def test_the_clock_takes_what_schedulers_give():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(5)
+    expected = [800, 600, 400, 200, 0]
+    for timesteps in (scheduler.timesteps, list(scheduler.timesteps), scheduler.timesteps.numpy(), np.array(expected)):
+        clock = Clock(timesteps)
+        assert clock.timesteps == expected
+        assert all(type(t) is int for t in clock.timesteps)
+    assert Clock(torch.tensor([80.0, 0.5])).timesteps == [80, 0.5]
+
+
+@pytest.mark.parametrize("timesteps", [[float("nan"), 1], [float("inf")], ["late"], [None], [torch.zeros(2)], []])
+def test_what_is_no_timestep_is_refused(timesteps):
+    with pytest.raises(ValueError, match="timestep"):
+        Clock(timesteps)
+
+
+def test_a_clock_of_fractional_timesteps_reads_its_own_rows():
+    timesteps = [1.1, 0.5, 0.1]
+    clock, table = Clock(timesteps), torch.tensor([10.0, 20.0, 30.0])
+    clock.set(torch.tensor(timesteps))
+    assert clock.read(table).tolist() == [10, 20, 30]
+    clock.set(torch.tensor([0.3, 0.8, 5.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(clock.read(table), torch.tensor([25.0, 15.0, 10.0, 30.0]))

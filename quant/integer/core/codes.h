@@ -1,4 +1,4 @@
-// From a float state to the codes of a layer's input: normalisation, SiLU, attention, rounding.
+// From a float state to the codes of a layer's input: normalisation, activation, attention, rounding.
 
 #pragma once
 
@@ -46,16 +46,18 @@ struct Rounding {
   }
 };
 
-// Sums of every channel and of its squares over the pixels, added to `sum` and `square`. Short sums in float, their
-// total in double; four chains hide the latency of an addition.
+// Sums of every channel and of its squares over the pixels, less its first pixel, added to `sum` and `square`: the
+// squares of numbers far from zero would leave nothing of their spread. Short sums in float, their total in double; four
+// chains hide the latency of an addition.
 inline void channel_sums(State x, int64_t pixels, double* sum, double* square) {
   constexpr int64_t kBlock = 64, kChains = 4;
   for (int64_t channel = 0; channel < x.channels; channel += kLanes)
     for (int64_t start = 0; start < pixels; start += kBlock) {
       Floats sums[kChains], squares[kChains];
       UNROLLED for (int chain = 0; chain < kChains; ++chain) sums[chain] = squares[chain] = all(0.0f);
+      const Floats pivot = load(x.data + channel);
       const auto add = [&](int64_t pixel, int chain) {
-        const Floats value = load(x.pixel(pixel) + channel);
+        const Floats value = load(x.pixel(pixel) + channel) - pivot;
         sums[chain] = sums[chain] + value;
         squares[chain] = squares[chain] + value * value;
       };
@@ -80,14 +82,17 @@ inline void normalise(const Norm& norm, State x, State skip, int64_t pixels, flo
   std::vector<double> sum(channels), square(channels);
   channel_sums(x, pixels, sum.data(), square.data());
   channel_sums(skip, pixels, sum.data() + x.channels, square.data() + x.channels);
+  const auto pivot = [&](int64_t i) -> double { return i < x.channels ? x.data[i] : skip.data[i - x.channels]; };
+  const double of_channel = static_cast<double>(pixels), count = static_cast<double>(size * pixels);
   for (int64_t first = 0; first < channels; first += size) {
     double total = 0.0, squares = 0.0;
+    for (int64_t i = first; i < first + size; ++i) total += sum[i] + of_channel * pivot(i);
+    const double mean = total / count;
     for (int64_t i = first; i < first + size; ++i) {
-      total += sum[i];
-      squares += square[i];
+      const double from_mean = pivot(i) - mean;
+      squares += square[i] + from_mean * (2.0 * sum[i] + of_channel * from_mean);
     }
-    const double count = static_cast<double>(size * pixels), mean = total / count;
-    const double variance = std::max(squares / count - mean * mean, 0.0);
+    const double variance = std::max(squares / count, 0.0);
     const double inverse = 1.0 / std::sqrt(variance + norm.eps);
     for (int64_t i = first; i < first + size; ++i) {
       const double factor = norm.weight[i] * inverse;
@@ -97,8 +102,17 @@ inline void normalise(const Norm& norm, State x, State skip, int64_t pixels, flo
   }
 }
 
-// The codes of slope · x + shift, through SiLU if asked for, each pixel `factor` pixels from its neighbours.
-template <bool kThroughSilu>
+template <Kind kKind>
+inline Floats activated(Floats x) {
+  if constexpr (kKind == kSilu) return silu(x);
+  if constexpr (kKind == kGelu) return gelu(x);
+  if constexpr (kKind == kRelu) return relu(x);
+  if constexpr (kKind == kMish) return mish(x);
+  return x;
+}
+
+// The codes of slope · x + shift through an activation, each pixel `factor` pixels from its neighbours.
+template <Kind kKind>
 void encode_state(State x, const Line& line, const float* slope, const float* shift, Rounding rounding,
                   CodeImage codes) {
   for (int64_t channel = 0; channel < x.channels; channel += kLanes) {
@@ -109,9 +123,7 @@ void encode_state(State x, const Line& line, const float* slope, const float* sh
     for (int64_t y = 0; y < height; ++y) {
       uint8_t* to = codes.pixel(y * line.factor, 0) + channel;
       for (int64_t i = 0; i < width; ++i, from += filled(x.channels), to += step) {
-        Floats value = load(from) * a + b;
-        if (kThroughSilu) value = value / (all(1.0f) + exp_of_negative(value));
-        rounding(value, count, to);
+        rounding(activated<kKind>(load(from) * a + b), count, to);
       }
     }
   }
@@ -235,7 +247,11 @@ inline void encode_line(const Line& line, const Norm* norms, const Quantizer& qu
   const int64_t channels = x.channels + skip.channels;
   std::vector<float> slope(channels + kLanes, 1.0f), shift(channels + kLanes, 0.0f);
   if (line.norm >= 0) normalise(norms[line.norm], x, skip, line.height * line.width, slope.data(), shift.data());
-  const auto write = line.kind == kSilu ? encode_state<true> : encode_state<false>;
+  const auto write = line.kind == kSilu   ? encode_state<kSilu>
+                     : line.kind == kGelu ? encode_state<kGelu>
+                     : line.kind == kRelu ? encode_state<kRelu>
+                     : line.kind == kMish ? encode_state<kMish>
+                                          : encode_state<kQuantize>;
   write(x, line, slope.data(), shift.data(), rounding, codes);
   CodeImage behind = codes;
   behind.data += x.channels;

@@ -33,7 +33,7 @@ class Convolution {
     const int64_t before = (layer_.top * width_ + layer_.left) * channels_;
     const int64_t between = (layer_.right + layer_.left) * channels_;
     uint8_t* row = buffer + before;
-    std::memset(buffer, zero_point, before);
+    std::memset(buffer, zero_point, layer_.in_channels % 4 ? bytes() : before);  // what fills a pixel up to four, too
     for (int64_t y = layer_.top; y < height_ - layer_.bottom; ++y, row += inside + between) {
       uint8_t *end = row + inside, *last = buffer + bytes();
       std::memset(end, zero_point, y + 1 < height_ - layer_.bottom ? between : last - end);

@@ -166,4 +166,31 @@ inline Floats exp_of_negative(Floats x) {
   return scale(p * rr - minus_r + all(1.0f), power);
 }
 
+inline Floats silu(Floats x) { return x / (all(1.0f) + exp_of_negative(x)); }
+
+inline Floats relu(Floats x) { return max(x, all(0.0f)); }
+
+// x · Φ(x), with the normal distribution Φ, within 2e-7: what it lacks to relu(x) is a · Φ(−a) for a = |x|. There
+// Φ(−a) = e^(−a²/2) · p(1 / (1 + 0.4 · a)), a polynomial that was fitted for this project.
+inline Floats gelu(Floats x) {
+  const Floats a = max(x, all(0.0f) - x);
+  const Floats t = all(1.0f) / (all(1.0f) + a * all(0.4f));
+  Floats p = all(-0.0359437913f);
+  p = p * t + all(0.182523847f);
+  p = p * t - all(0.335936397f);
+  p = p * t + all(0.207749635f);
+  p = p * t + all(0.0170435086f);
+  p = p * t + all(0.14638406f);
+  p = p * t + all(0.158600733f);
+  p = p * t + all(0.159578383f);
+  return relu(x) - a * ((p * t) * exp_of_negative(a * a * all(0.5f)));
+}
+
+// x · tanh(ln(1 + e^x)) = x · n / (n + 2) for n = e^x · (e^x + 2); beyond 30 that is x.
+inline Floats mish(Floats x) {
+  const Floats e = exp_of_negative(max(all(0.0f) - x, all(-30.0f)));
+  const Floats n = e * (e + all(2.0f));
+  return x * (n / (n + all(2.0f)));
+}
+
 }  // namespace

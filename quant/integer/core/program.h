@@ -4,15 +4,22 @@
 
 #include <cstdint>
 
-// A state through a layer: target = layer(codes(source, skip)) + residual. States are offsets into a thread's memory,
-// in floats; −1 is nothing. A state is pixels × channels, the channels filled up with zeros to a multiple of 16.
+// A state through a layer: target = layer(codes(source, skip)) + residual. Without a layer (−1) floats stay floats:
+// target = (resampled(source) − centre) / divisor. States are offsets into a thread's memory, in floats; −1 is nothing. A
+// state is pixels × channels, the channels filled up with zeros to a multiple of 16.
 struct Line {
   int64_t kind, layer, norm, source, source_channels, skip, skip_channels, residual, target, height, width, factor,
-      heads;
+      heads, resampling;
+  double centre, divisor;
 };
 
-// How the codes of a line are made; all but attention may be preceded by a normalisation (`Line::norm`).
-enum Kind : int64_t { kQuantize, kSilu, kAttention };
+// What a line does with the numbers of its source first; all but attention may be preceded by a normalisation
+// (`Line::norm`).
+enum Kind : int64_t { kQuantize, kSilu, kAttention, kGelu, kRelu, kMish };
+
+// How a line without a layer resamples, by 2: not at all, the mean of 2 × 2 pixels, nearest neighbours, or the filter
+// (1, 3, 3, 1) / 8 of NCSN++ (arXiv 2011.13456), beyond the border either zeros or the image in a mirror.
+enum Resampling : int64_t { kKeep, kPool, kEnlarge, kFilterDown, kFilterUp, kMirrorDown, kMirrorUp };
 
 // Weights lie as (channels / 16, kernel height, kernel width, input channels / 4, 16, 4), filled up with zeros.
 struct Layer {
@@ -36,11 +43,12 @@ struct Quantizer {
   int32_t zero_point;
 };
 
-// What the layers need to know of a timestep. A sum of products becomes (sum − shift) · slope + offset.
+// What the lines need to know of a timestep. A sum of products becomes (sum − shift) · slope + offset.
 struct Moment {
   const Quantizer* quantizers;
   const int32_t* shifts;
   const float *slopes, *offsets;
+  const Norm* norms;
 };
 
 struct Program {
@@ -48,6 +56,5 @@ struct Program {
   int64_t num_lines;
   const Line* lines;
   const Layer* layers;
-  const Norm* norms;
   int64_t memory;  // floats that a thread needs
 };

@@ -60,7 +60,6 @@ struct Steps {
   Steps(std::FILE* file, const Network& network) : program(read<Program>(file).at(0)), lines(read<Line>(file)) {
     program.lines = lines.data();
     program.layers = network.layers.data();
-    program.norms = network.norms.data();
   }
 };
 
@@ -75,26 +74,36 @@ void run_line_by_line(Program program, const Moment& moment, std::vector<float>&
   const int64_t num_lines = program.num_lines;
   for (int64_t i = 0; i < num_lines; ++i) {
     const Line& line = lines[i];
-    const Layer& layer = program.layers[line.layer];
     const int64_t pixels = line.height * line.width;
+    const auto allow = [&](int64_t state, int64_t floats) {
+      if (state >= 0) ASAN_UNPOISON_MEMORY_REGION(memory.data() + state, floats * sizeof(float));
+    };
+    if (line.layer < 0) {
+      const int64_t made =
+          resampled_size(line.resampling, line.height) * resampled_size(line.resampling, line.width);
+      ASAN_POISON_MEMORY_REGION(memory.data(), memory.size() * sizeof(float));
+      allow(line.source, pixels * filled(line.source_channels));
+      allow(line.target, made * filled(line.source_channels));
+      change(&line, moment.norms, memory.data());
+      ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size() * sizeof(float));
+      continue;
+    }
+    const Layer& layer = program.layers[line.layer];
     const int64_t height = line.height * line.factor, width = line.width * line.factor;
     const int64_t out_pixels =
         length(height, layer.top + layer.bottom, layer.dilation_y, layer.kernel_height, layer.stride_y) *
         length(width, layer.left + layer.right, layer.dilation_x, layer.kernel_width, layer.stride_x);
-    const auto allow = [&](int64_t state, int64_t floats) {
-      if (state >= 0) ASAN_UNPOISON_MEMORY_REGION(memory.data() + state, floats * sizeof(float));
-    };
     ASAN_POISON_MEMORY_REGION(memory.data(), memory.size() * sizeof(float));
     allow(line.source, pixels * filled(line.source_channels));
     allow(line.skip, pixels * filled(line.skip_channels));
     std::vector<uint8_t> bare(height * width * layer.in_channels);
-    encode(&line, program.norms, &moment.quantizers[line.layer], memory.data(), bare.data());
+    encode(&line, moment.norms, &moment.quantizers[line.layer], memory.data(), bare.data());
     allow(line.residual, out_pixels * filled(layer.out_channels));
     allow(line.target, out_pixels * filled(layer.out_channels));
     program.lines = &line;
     program.num_lines = 1;
-    const std::vector<Convolution> one = convolutions(program);
-    std::vector<uint8_t> codes(one[0].bytes());
+    const Convolutions one = convolutions(program);
+    std::vector<uint8_t> codes(one[0]->bytes());
     run(program, one, moment, memory.data(), codes.data(), nullptr);
     ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size() * sizeof(float));
   }
@@ -103,6 +112,11 @@ void run_line_by_line(Program program, const Moment& moment, std::vector<float>&
 // Where in the time program's memory lies what is added to a layer's output channels.
 struct Added {
   int64_t state, first_channel, channels;
+};
+
+// Where in it lies what a normalisation's channels are scaled by, and behind it what they are shifted by.
+struct Modulated {
+  int64_t state, norm, channels;
 };
 
 }  // namespace
@@ -116,6 +130,7 @@ int main(int, char** argv) {
   const auto biases = read<float>(input);
   const Steps embedding(input, network), unet(input, network);
   const auto added = read<Added>(input);
+  const auto modulated = read<Modulated>(input);
   const Program& program = unet.program;
 
   for (int64_t image = 0; image < count; ++image) {
@@ -131,12 +146,24 @@ int main(int, char** argv) {
         shifts[of_all] = weight_sums[of_all] * (quantizers[i].zero_point - code_offset());
       }
     std::vector<float> offsets = biases, waves(2 * half), time(embedding.program.memory);
-    const Moment moment{quantizers.data(), shifts.data(), slopes.data(), offsets.data()};
+    std::vector<Norm> norms = network.norms;
+    const Moment moment{quantizers.data(), shifts.data(), slopes.data(), offsets.data(), norms.data()};
     sinusoids(t, half, shift, cosine_first, waves.data());
     std::copy(waves.begin(), waves.end(), time.begin());
     execute(&embedding.program, &moment, time.data());
     for (const Added& part : added)
       for (int64_t i = 0; i < part.channels; ++i) offsets[part.first_channel + i] += time[part.state + i];
+    std::vector<std::vector<float>> factors;
+    for (const Modulated& part : modulated) {
+      std::vector<float> weight(part.channels), bias(part.channels);
+      for (int64_t i = 0; i < part.channels; ++i) {
+        const float factor = 1.0f + time[part.state + i];
+        weight[i] = norms[part.norm].weight[i] * factor;
+        bias[i] = norms[part.norm].bias[i] * factor + time[part.state + part.channels + i];
+      }
+      norms[part.norm].weight = factors.emplace_back(std::move(weight)).data();
+      norms[part.norm].bias = factors.emplace_back(std::move(bias)).data();
+    }
     write(output, offsets);
 
     std::vector<float> eps(program.out_channels * program.out_pixels), memory(program.memory);

@@ -10,7 +10,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.embeddings import GaussianFourierProjection, get_timestep_embedding
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +19,28 @@ from torch.nn import functional as F
 
 from quant import functional
 from quant.integer import core as core_module
-from quant.integer.core import ATTENTION, ISAS, QUANTIZE, SILU, VARIABLE, available, choose
+from quant.integer.core import (
+    ATTENTION,
+    GELU,
+    ISAS,
+    KEEP,
+    MIRROR_UP,
+    MISH,
+    QUANTIZE,
+    RELU,
+    SILU,
+    VARIABLE,
+    available,
+    choose,
+)
+from quant.integer.layers import Layers, filled
+from quant.integer.lines import DOUBLING, HALVING, Program
 from quant.integer.model import Moment
-from quant.integer.program import Layers, Program, filled
+from quant.integer.program import RESAMPLINGS
 from quant.layers import QuantConv2d
 from quant.quantizers import Clock
 
+ACTIVATIONS = {QUANTIZE: lambda x: x, SILU: F.silu, GELU: F.gelu, RELU: F.relu, MISH: F.mish}
 GUARD = 1024  # numbers behind an array that must stay as they were
 
 
@@ -50,12 +66,19 @@ class Step:
     act_bits: int = 8
     zero_point: float = 0.5
     """As a fraction of the largest code."""
+    resampling: int | None = None
+    """Of a line without a layer, which has but a kind, groups and a source; None: a line with one."""
+    centre: float = 0
+    divisor: float = 1
     extreme: bool = False
     """Whether the weights are the ends of their range: of the first output channel the smallest, of the second the
     largest, of the third both in turn, and so on."""
 
     def size(self, height, width):
         """Of what it makes of an image."""
+        if self.resampling is not None:
+            factor = 2 if self.resampling in DOUBLING else 0.5 if self.resampling in HALVING else 1
+            return int(height * factor), int(width * factor)
         spans = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(self.dilation, self.kernel, strict=True)]
         top, left, bottom, right = self.padding
         return (
@@ -74,24 +97,29 @@ class Case:
             channels, height, width = shapes[step.source]
             channels = channels // 3 if step.kind == ATTENTION else channels
             channels += 0 if step.skip < 0 else shapes[step.skip][0]
-            convs.append(self._convolution(channels, step))
+            layered = step.resampling is None
+            convs.append(self._convolution(channels, step) if layered else None)
             norms.append(self._normalisation(channels, step.groups) if step.groups else None)
-            shapes.append((step.outside, *step.size(height, width)))
-        self.steps, self.norms = steps, norms
-        self.layers = Layers([("", conv) for conv in convs], [norm for norm in norms if norm])
-        for number, (layer, step) in enumerate(zip(self.layers.values(), steps, strict=True)):
+            shapes.append((step.outside if layered else channels, *step.size(height, width)))
+        self.steps, self.norms, self.convs = steps, norms, convs
+        self.layers = Layers([("", conv) for conv in convs if conv], [norm for norm in norms if norm])
+        layered = [step for step in steps if step.resampling is None]
+        for number, (layer, step) in enumerate(zip(self.layers.values(), layered, strict=True)):
             layer.padding = list(step.padding)
             self.layers.table[number] = layer.structure()
         self.program = Program(self.layers, shape)
         for conv, norm, step in zip(convs, norms, steps, strict=True):
-            options = step.skip, step.residual, step.factor, step.heads
-            self.program.emit(conv, step.source, step.kind, norm, *options)
+            if conv is None:
+                self.program.change(step.source, step.kind, norm, step.resampling, step.centre, step.divisor)
+            else:
+                options = step.skip, step.residual, step.factor, step.heads
+                self.program.emit(conv, step.source, step.kind, norm, *options)
         assert self.program.shapes == shapes
         self.program.place(list(range(len(shapes))))
-        self.largest = torch.tensor([conv.act_quantizer.qmax for conv in convs], dtype=torch.int32)
+        self.largest = torch.tensor([conv.act_quantizer.qmax for conv in convs if conv], dtype=torch.int32)
         # Of states of some standard deviation of 1 some are outside of the codes' range.
-        self.scales = 3 * (torch.rand(len(steps)) + 0.5) / self.largest
-        self.zero_points = (torch.tensor([step.zero_point for step in steps]) * self.largest).round().int()
+        self.scales = 3 * (torch.rand(len(layered)) + 0.5) / self.largest
+        self.zero_points = (torch.tensor([step.zero_point for step in layered]) * self.largest).round().int()
 
     @staticmethod
     def _convolution(channels, step):
@@ -120,7 +148,7 @@ class Case:
         return Moment(self.scales, self.zero_points, self.largest, self.layers, core.code_offset)
 
     def run(self, core, x):
-        """The memory behind the program for x (C, H, W), and the codes uint8 (H, W, C) of each line."""
+        """The memory behind the program for x (C, H, W), and the codes uint8 (H, W, C) of each line with a layer."""
         memory = np.full(self.program.memory + GUARD, np.nan, np.float32)
         pixels = self.pixels(memory, 0)
         pixels[...] = 0
@@ -129,12 +157,16 @@ class Case:
         core.execute(self.program.structure, moment.structure, memory.ctypes.data)
         assert np.isnan(memory[-GUARD:]).all(), "nothing is written past the last state"
         codes = []
-        for number, (layer, step) in enumerate(zip(self.layers.values(), self.steps, strict=True)):
+        for number, (conv, step) in enumerate(zip(self.convs, self.steps, strict=True)):
+            if conv is None:
+                codes.append(None)
+                continue
+            layer = self.layers[conv]
             _, height, width = self.program.shapes[step.source]
             shape = (height * step.factor, width * step.factor, layer.in_channels)
             guarded = np.full(math.prod(shape) + GUARD, 0xAB, np.uint8)
-            line, quantizer = self.program.structure.lines[number], moment.quantizers[number:].ctypes.data
-            core.encode(line, self.layers.norm_table, quantizer, memory.ctypes.data, guarded.ctypes.data)
+            line, quantizer = self.program.structure.lines[number], moment.quantizers[layer.number :].ctypes.data
+            core.encode(line, moment.norm_table, quantizer, memory.ctypes.data, guarded.ctypes.data)
             assert (guarded[-GUARD:] == 0xAB).all(), "nothing is written past the last code"
             codes.append(guarded[:-GUARD].reshape(shape))
         return memory, codes
@@ -152,30 +184,37 @@ class Case:
         return rearrange(torch.from_numpy(pixels[..., :channels]), "h w c -> 1 c h w")
 
 
-def exact_codes(case, number, memory):
-    """What a line rounds, clamped, float64 (1, C, H, W); and the error that the float32 of the core may make in it."""
+def exact_numbers(case, number, memory):
+    """What a line makes of its source first, float64 (1, C, H, W); and the error that float32 may make in it."""
     step, norm = case.steps[number], case.norms[number]
     x = case.state(memory, step.source).double()
     if step.skip >= 0:
         x = torch.cat([x, case.state(memory, step.skip).double()], 1)
-    zero_point, largest, scale = case.zero_points[number], case.largest[number], case.scales[number].double()
     error = 1e-6 * x.abs().max()
     if norm is not None:
         weight, bias = norm.weight.double(), norm.bias.double()
-        # Where a group's mean is far larger than its spread, digits cancel: in its variance and in what is normalised.
+        # Where a group's mean is far larger than its spread, digits cancel in what is normalised, not in its variance.
         variance, mean = torch.var_mean(x.reshape(norm.num_groups, -1), 1, correction=0)
         ratio = (mean.square() / (variance + norm.eps)).repeat_interleave(x.shape[1] // norm.num_groups)[:, None, None]
         size = torch.group_norm(x, norm.num_groups, eps=norm.eps).abs()
-        error = 1e-6 * (1 + ratio.sqrt() + ratio * size) * weight.abs()[:, None, None] + 1e-6 * bias.abs().max()
+        error = 1e-6 * (1 + ratio.sqrt() + size) * weight.abs()[:, None, None] + 1e-6 * bias.abs().max()
         x = torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-    if step.kind == SILU:
-        x = F.silu(x)
-    if step.kind == ATTENTION:
+    if step.kind != ATTENTION:
+        x = ACTIVATIONS[step.kind](x)
+    else:
         q, k, v = rearrange(x, "1 (three heads c) h w -> three heads (h w) c", three=3, heads=step.heads)
         score = (q @ k.mT).abs().max() / q.shape[-1] ** 0.5
         error = 1e-6 * (1 + score) * v.abs().max()
         mixed = F.scaled_dot_product_attention(q, k, v)
         x = rearrange(mixed, "heads (h w) c -> 1 (heads c) h w", h=x.shape[2])
+    return x, error + torch.zeros_like(x)
+
+
+def exact_codes(case, number, memory):
+    """What a line rounds, clamped, float64 (1, C, H, W); and the error that the float32 of the core may make in it."""
+    step, layer = case.steps[number], case.layers[case.convs[number]].number
+    zero_point, largest, scale = case.zero_points[layer], case.largest[layer], case.scales[layer].double()
+    x, error = exact_numbers(case, number, memory)
     exact, error = (x / scale + zero_point).clamp(0, largest), 1e-4 + error / scale + torch.zeros_like(x)
     return [of.repeat_interleave(step.factor, 2).repeat_interleave(step.factor, 3) for of in (exact, error)]
 
@@ -187,14 +226,24 @@ def check_codes(case, number, memory, codes):
     assert ((codes - exact).abs() <= 0.5 + error).all()
 
 
+def check_change(case, number, memory):
+    """What a line without a layer made is what PyTorch and diffusers make."""
+    step, (x, error) = case.steps[number], exact_numbers(case, number, memory)
+    resample = RESAMPLINGS.get(step.resampling, lambda x: x)
+    exact = (resample(x.float()).double() - step.centre) / step.divisor
+    error = (resample(error.float()).double() + 3e-6 * x.abs().max() + 1e-6 * abs(step.centre)) / abs(step.divisor)
+    assert ((case.state(memory, number + 1) - exact).abs() <= error).all()
+
+
 def exact_output(case, number, memory, codes):
     """What a line makes of its codes, float32 (1, C, H, W): sums by PyTorch in float64, then rounded as written."""
-    step, (layer, integer) = case.steps[number], list(case.layers.items())[number]
+    step, layer = case.steps[number], case.convs[number]
+    integer = case.layers[layer]
     top, left, bottom, right = step.padding
-    codes = rearrange(torch.from_numpy(codes), "h w c -> 1 c h w").double() - case.zero_points[number]
+    codes = rearrange(torch.from_numpy(codes), "h w c -> 1 c h w").double() - case.zero_points[integer.number]
     padded = F.pad(codes, (left, right, top, bottom))
     sums = F.conv2d(padded, layer.codes.double(), None, step.stride, 0, step.dilation)
-    slope = torch.from_numpy(integer.scales) * case.scales[number]
+    slope = torch.from_numpy(integer.scales) * case.scales[integer.number]
     y = sums.float() * slope[:, None, None] + layer.bias[:, None, None]
     return y if step.residual < 0 else y + case.state(memory, step.residual)
 
@@ -202,6 +251,9 @@ def exact_output(case, number, memory, codes):
 def check_exactly(case, memory, codes):
     """Every state of `memory`, and the codes that lead to it."""
     for number, of_line in enumerate(codes):
+        if of_line is None:
+            check_change(case, number, memory)
+            continue
         check_codes(case, number, memory, of_line)
         assert torch.equal(case.state(memory, number + 1), exact_output(case, number, memory, of_line))
 
@@ -221,7 +273,18 @@ def cases(draw):
         # The newest state more often than others, so that lines build on one another.
         source = draw(st.sampled_from([*range(len(shapes)), *[len(shapes) - 1] * len(shapes)]))
         channels, height, width = shapes[source]
-        step = Step(source=source, kind=draw(st.sampled_from([QUANTIZE, SILU])))
+        step = Step(source=source, kind=draw(st.sampled_from([QUANTIZE, *ACTIVATIONS])))
+        if between(0, 3) == 0:
+            resamplings = [KEEP] if max(height, width) > 20 else [KEEP, *RESAMPLINGS]
+            least = {
+                resampling: 2 if resampling in HALVING or resampling == MIRROR_UP else 1 for resampling in resamplings
+            }
+            step.resampling = draw(st.sampled_from([r for r in resamplings if min(height, width) >= least[r]]))
+            step.groups = draw(st.sampled_from([0, *divisors(channels)]))
+            step.centre, step.divisor = draw(st.sampled_from([(0, 1), (0.5, 0.5), (0, 2**0.5)]))
+            steps.append(step)
+            shapes.append((channels, *step.size(height, width)))
+            continue
         if channels % 3 == 0 and between(0, 2) == 0:
             step.kind = ATTENTION
             step.heads = draw(st.sampled_from(divisors(channels // 3)))
@@ -250,7 +313,7 @@ def cases(draw):
         step.extreme = between(0, 3) == 0
         steps.append(step)
         shapes.append((step.outside, *size))
-    return shapes[0], steps, between(0, 1 << 30), draw(st.sampled_from([0, 0, 0, 2, 100]))
+    return shapes[0], steps, between(0, 1 << 30), draw(st.sampled_from([0, 0, 0, 2, 100, 3000]))
 
 
 def drawn(shape, steps, seed, mean):
@@ -269,7 +332,8 @@ def test_random_programs_leave_the_bytes_of_the_portable_core(isa, example):
     memory, codes = case.run(available()[isa], x)
     expected, expected_codes = case.run(available()["portable"], x)
     for number in range(len(case.steps)):
-        assert np.array_equal(codes[number], expected_codes[number]), f"codes of {case.steps[number]}"
+        if codes[number] is not None:
+            assert np.array_equal(codes[number], expected_codes[number]), f"codes of {case.steps[number]}"
         ours, theirs = (case.pixels(of, number + 1).view(np.int32) for of in (memory, expected))
         assert np.array_equal(ours, theirs), f"state behind {case.steps[number]}"
     assert memory.tobytes() == expected.tobytes()
@@ -353,6 +417,38 @@ def test_silu_makes_the_codes_of_torch(isa):
     check_codes(case, 0, memory, codes)
 
 
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_are_those_of_torch(isa, kind):
+    """To some units of the last place of a number near 1, wherever they bend; and far away."""
+    x = torch.cat([torch.linspace(-20, 20, 4000), torch.tensor([0.0, 1e-30, -1e-30, 90, -90, 1e4, -1e4, 1e18, -1e18])])
+    case = Case((1, 1, len(x)), [Step(kind=kind, resampling=KEEP)])
+    memory, _ = case.run(available()[isa], x.view(1, 1, -1))
+    exact = ACTIVATIONS[kind](x.double())
+    assert ((case.state(memory, 1).flatten() - exact).abs() <= 3e-7 * exact.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("resampling", RESAMPLINGS)
+@pytest.mark.parametrize("size", [(2, 2), (5, 8), (9, 3)])
+@pytest.mark.parametrize("channels", [1, 16, 35])
+def test_resampling_is_that_of_torch_and_diffusers(isa, resampling, size, channels):
+    case = Case((channels, *size), [Step(resampling=resampling)])
+    x = torch.randn(channels, *size)
+    memory, _ = case.run(available()[isa], x)
+    expected = RESAMPLINGS[resampling](x[None])
+    assert (case.state(memory, 1) - expected).abs().max() < 1e-6
+
+
+def test_centring_and_division_are_exactly_those_of_torch(isa):
+    x, factor = torch.randn(5, 4, 7) * 3, 2**0.5
+    case = Case(x.shape, [Step(resampling=KEEP, centre=0.5, divisor=0.5), Step(resampling=KEEP, divisor=factor)])
+    memory, _ = case.run(available()[isa], x)
+    centred = 2 * x - 1
+    assert torch.equal(case.state(memory, 1)[0], centred)
+    case = Case(x.shape, [Step(resampling=KEEP, divisor=factor)])
+    memory, _ = case.run(available()[isa], x)
+    assert torch.equal(case.state(memory, 1)[0], x / factor)
+
+
 @pytest.mark.parametrize(("heads", "width"), [(1, 16), (4, 8), (3, 20), (2, 40), (5, 3), (1, 1)])
 @pytest.mark.parametrize("size", [(7, 7), (1, 3), (5, 9), (1, 1), (4, 4)])
 def test_attention_makes_the_codes_of_torch(isa, heads, width, size):
@@ -401,6 +497,30 @@ def test_sinusoids_are_those_of_their_angles(isa, half, shift):
         exact = [function(float(angle)) for function in (math.sin, math.cos) for angle in angles]
         assert np.array_equal(ours, np.float32(exact))
         assert np.array_equal(ours, sinusoids(available()["portable"], t, half, shift, False))
+
+
+@pytest.mark.parametrize("cosine_first", [False, True])
+def test_fourier_features_are_those_of_their_angles(isa, cosine_first):
+    frequencies = np.float32(16) * np.random.default_rng(0).standard_normal(40, np.float32)
+    for t in (1, 2, 0.5, 250.6, 999, 1e-30, 3e38, math.sqrt(0.5)):
+        guarded = np.full(81, np.nan, np.float32)
+        available()[isa].fourier(t, 40, frequencies.ctypes.data, cosine_first, guarded.ctypes.data)
+        assert np.isnan(guarded[-1])
+        angles = np.float32(math.log(np.float32(t))) * frequencies * np.float32(2) * np.float32(math.pi)
+        functions = (math.cos, math.sin) if cosine_first else (math.sin, math.cos)
+        exact = [function(float(angle)) for function in functions for angle in angles]
+        assert np.array_equal(guarded[:-1], np.float32(exact))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_fourier_features_equal_diffusers(isa, flip):
+    torch.manual_seed(0)
+    projection = GaussianFourierProjection(16, scale=16, flip_sin_to_cos=flip)
+    for t in (3, 250.6, 999):
+        ours = np.empty(32, np.float32)
+        available()[isa].fourier(t, 16, projection.weight.numpy().ctypes.data, flip, ours.ctypes.data)
+        theirs = projection(torch.tensor([t]))[0].numpy()
+        assert abs(ours - theirs).max() < 1e-3, "what the last bit of the logarithm makes of an angle"
 
 
 def images_case():

@@ -2,11 +2,13 @@ import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from ddpm_mnist.sampler import SamplerConfig, make_scheduler, sample
+from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler, sample
+from ddpm_mnist.schedule import house_schedule
 from eval.exactness import flipped_shares
 from quant import to_integer
 from quant.integer import model as model_module
@@ -24,7 +26,7 @@ def threads():
 def test_a_sampling_on_integers_is_the_simulations(frozen, isa):
     config, model = SamplerConfig(num_steps=6), to_integer(frozen, isa)
     assert model.core.isa == isa
-    ours, theirs = (sample(denoiser, config, 24).float() for denoiser in (model, frozen))
+    ours, theirs = (sample(denoiser, Solver(config), 24).float() for denoiser in (model, frozen))
     # A float on the boundary of a code may go the other way, and what follows differs: few images may.
     equal = (ours == theirs).flatten(1).float().mean(1)
     assert equal.median() > 0.97
@@ -33,7 +35,7 @@ def test_a_sampling_on_integers_is_the_simulations(frozen, isa):
 
 def test_every_instruction_set_draws_the_same_images(frozen, isa):
     config = SamplerConfig(num_steps=6)
-    ours, theirs = (sample(to_integer(frozen, name), config, 5) for name in (isa, "portable"))
+    ours, theirs = (sample(to_integer(frozen, name), Solver(config), 5) for name in (isa, "portable"))
     assert torch.equal(ours, theirs)
 
 
@@ -81,11 +83,11 @@ def test_timesteps_between_and_beyond_the_tables_rows_agree_with_the_simulation(
 
 def test_an_image_depends_neither_on_its_batch_nor_on_the_threads(frozen, isa, threads):
     model, config = to_integer(frozen, isa), SamplerConfig(num_steps=6)
-    expected = sample(model, config, 20, batch_size=64)
+    expected = sample(model, Solver(config), 20, batch_size=64)
     for count in (1, 2):
         threads(count)
         for batch_size in (1, 3, 20):
-            assert torch.equal(sample(model, config, 20, batch_size=batch_size), expected), (count, batch_size)
+            assert torch.equal(sample(model, Solver(config), 20, batch_size=batch_size), expected), (count, batch_size)
 
 
 def test_the_bytes_of_an_answer_depend_on_nothing_but_the_image_and_its_timestep(frozen, buffer, isa, threads):
@@ -106,7 +108,85 @@ def test_memory_may_lie_in_any_order(frozen, buffer):
     assert torch.equal(model(x.repeat(1, 2, 1, 1)[:, 1:], 500).sample, expected)
     assert torch.equal(model(x.mT.contiguous().mT, 500).sample, expected)
     assert torch.equal(model(x.double(), 500).sample, expected)
+    assert torch.equal(model(x.to(memory_format=torch.channels_last), 500).sample, expected)
+    assert torch.equal(model(torch.complex(x, -x).conj().imag, 500).sample, expected), "whose sign is a mark alone"
     assert model(x[:0], 500).sample.shape == (0, 1, 28, 28)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sample_of_half_precision_is_what_it_holds(frozen, buffer, dtype):
+    model, x = to_integer(frozen), buffer.x[:2, 1].to(dtype)
+    eps = model(x, 500).sample
+    assert eps.dtype == torch.float32
+    assert torch.equal(eps, model(x.float(), 500).sample)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (torch.zeros(1, 28, 28), r"the sample must be \(N, 1, height, width\), not \(1, 28, 28\)"),
+        (torch.zeros(1, 1, 1, 28, 28), r"the sample must be \(N, 1, height, width\), not "),
+        (torch.zeros(1, 3, 28, 28), "the sample must have 1 channels, not 3"),
+        (torch.zeros(1, 1, 0, 0), "too small"),
+        (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), "the sample must be a tensor of floats"),
+        (torch.zeros(1, 1, 28, 28, dtype=torch.complex64), "the sample must be a tensor of floats"),
+        ([[0.0]], "the sample must be a tensor of floats"),
+        (torch.zeros(1, 1, 28, 28, device="meta"), "the sample must lie on the CPU, where integers run, not on meta"),
+    ],
+)
+def test_a_sample_of_another_kind_gets_one_line(frozen, sample, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        to_integer(frozen)(sample, 500)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "t", [250.6, np.float64(250.6), np.float32(250.6), torch.tensor(250.6), torch.tensor([250.6] * 3), [250.6],
+          torch.tensor(250.6, dtype=torch.float64), np.array([250.6] * 3)]
+)  # fmt: skip
+def test_a_timestep_may_be_any_kind_of_number(frozen, buffer, t):
+    x, model = buffer.x[:3, 2], to_integer(frozen)
+    assert torch.equal(model(x, t).sample, model(x, torch.tensor([250.6])).sample)
+    assert len(model.moments) == 1
+    with torch.no_grad():
+        expected = frozen(x, torch.tensor([250.6])).sample
+    assert (model(x, t).sample - expected).abs().median() < 1e-6
+
+
+@pytest.mark.parametrize("t", [500, 500.0, np.int64(500), np.int32(500), torch.tensor(500, dtype=torch.int32)])
+def test_a_timestep_may_be_any_kind_of_integer(frozen, buffer, t):
+    x, model = buffer.x[:3, 2], to_integer(frozen)
+    assert torch.equal(model(x, t).sample, model(x, torch.tensor([500] * 3)).sample)
+    assert len(model.moments) == 1
+
+
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        (float("nan"), "the timestep must be a finite number"),
+        (torch.tensor([3.0, float("inf")]), "the timestep must be a finite number"),
+        (1e300, "the timestep must be a finite number"),
+        (-2e6, "the timestep must lie within ±1,048,576, not -2000000.0"),
+        (10**30, "the timestep must be numbers"),
+        (None, "the timestep must be numbers, not a NoneType"),
+        ("500", "the timestep must be numbers, not a str"),
+        (True, "the timestep must be a number, or one for each of 2 samples"),
+        (1j, "the timestep must be a number, or one for each of 2 samples"),
+        ([1, 2, 3], r"the timestep must be a number, or one for each of 2 samples, not int64 \(3,\)"),
+        ([[1, 2]], "the timestep must be a number, or one for each of 2 samples"),
+        (torch.tensor([], dtype=torch.long), "the timestep must be a number, or one for each of 2 samples"),
+    ],
+)
+def test_a_timestep_of_another_kind_gets_one_line(frozen, buffer, t, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        to_integer(frozen)(buffer.x[:2, 2], t)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_without_classes_takes_no_labels(frozen, buffer):
+    with pytest.raises(ValueError, match="this network has no classes: class_labels must be None"):
+        to_integer(frozen)(buffer.x[:2, 2], 500, torch.tensor([0, 0]))
+    assert to_integer(frozen)(buffer.x[:2, 2], 500, None, False)[0].shape == (2, 1, 28, 28)
 
 
 def test_threads_may_share_a_model(frozen, buffer):
@@ -146,6 +226,12 @@ def test_only_a_frozen_student_runs_on_integers(student):
         to_integer(student)
 
 
+def test_a_student_of_half_precision_is_refused(frozen):
+    """The core would read its numbers as others."""
+    with pytest.raises(ValueError, match=r"from float32, not from torch\.float16: call \.float\(\) on it"):
+        to_integer(copy.deepcopy(frozen).half())
+
+
 def test_an_instruction_set_that_lacks_is_refused(frozen):
     with pytest.raises(ValueError, match=f'this processor has no "mmx", only {", ".join(available())}'):
         to_integer(frozen, "mmx")
@@ -162,7 +248,8 @@ def test_what_becomes_of_its_student_does_not_matter(frozen, buffer):
 
 
 def test_it_goes_into_diffusers_pipeline(frozen):
-    pipeline = DDIMPipeline(unet=to_integer(frozen), scheduler=make_scheduler(SamplerConfig("ddim", num_steps=6)))
+    scheduler = make_scheduler(SamplerConfig("ddim", num_steps=6), house_schedule())
+    pipeline = DDIMPipeline(unet=to_integer(frozen), scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(2, num_inference_steps=6, use_clipped_model_output=True, output_type="np").images
     assert images.shape == (2, 28, 28, 1)

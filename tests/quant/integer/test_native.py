@@ -17,7 +17,7 @@ from torch import nn
 
 from ddpm_mnist.sampler import SamplerConfig, Solver, denoise
 from eval.models import load_model
-from quant import QuantConfig, calibrate, freeze, quantize, to_integer
+from quant import QuantConfig, calibrate, convert, freeze, quantize, to_integer
 from quant.integer.core import Line, available
 
 DRIVER = Path(__file__).with_name("driver.cpp")
@@ -49,7 +49,7 @@ def needs_here(isa):
 
 needs_compiler = needs("g++", "g++")
 
-# UNets that meet what a layer may be: options of the UNet, of its first convolution and of its bits, height and width.
+# UNets that meet what a line may be: options of the UNet, of its first convolution and of its bits, height and width.
 SMALL = {
     # 49 tokens, one more than fours; 3 heads of 5; 6 and 15 channels, which fill up no four and no sixteen.
     "7 × 7 tokens": (
@@ -72,6 +72,49 @@ SMALL = {
         {"weight_bits": 6, "act_bits": 6},
         (4, 4),
     ),
+    # Lines without a layer: pools and enlarged shortcuts, centring, division; normalisations of the timestep.
+    "resampling in residual blocks": (
+        {
+            "block_out_channels": (8, 20),
+            "norm_num_groups": 4,
+            "attention_head_dim": 5,
+            "act_fn": "gelu",
+            "resnet_time_scale_shift": "scale_shift",
+            "center_input_sample": True,
+            "mid_block_scale_factor": 1.4,
+            "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+            "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+        },
+        {},
+        {"weight_bits": 4, "act_bits": 4},
+        (6, 10),
+    ),
+    # Filters over the image and the states; images of 3 channels beside those of 32.
+    "skips of the image": (
+        {
+            "block_out_channels": (32, 32),
+            "norm_num_groups": 4,
+            "act_fn": "mish",
+            "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+            "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        },
+        {},
+        {"weight_bits": 4, "act_bits": 8},
+        (6, 4),
+    ),
+    # Filters with a mirror behind the border, the smallest images that have one.
+    "k": (
+        {
+            "block_out_channels": (32, 32),
+            "norm_num_groups": 4,
+            "act_fn": "relu",
+            "down_block_types": ("KDownBlock2D",) * 2,
+            "up_block_types": ("KUpBlock2D",) * 2,
+        },
+        {},
+        {"weight_bits": 4, "act_bits": 4},
+        (4, 4),
+    ),
 }
 
 
@@ -80,13 +123,15 @@ def small(name):
     """A frozen UNet on integers, and its images: see `write_input`."""
     options, first, bits, size = SMALL[name]
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        in_channels=3, out_channels=3, layers_per_block=1, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), **options,
-    ).eval()  # fmt: skip
-    unet.conv_in = nn.Conv2d(3, options["block_out_channels"][0], **first)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(in_channels=3, out_channels=3, layers_per_block=1, **blocks | options).eval()
     x, t = torch.randn(4, 3, *size), 700
     student = quantize(unet, QuantConfig(**bits), [t])
+    if first:  # changed by hand, which `quantize` refuses
+        unet.conv_in = nn.Conv2d(3, options["block_out_channels"][0], **first)
+        student = convert._convert(unet, QuantConfig(**bits), [t])
+        for _, layer in student.layers():
+            layer.weight_quantizer.initialise(layer.weight)
     calibrate(student, {t: x})
     network = to_integer(freeze(student))
     return network, [(x[:1], t, network(x[:1], t).sample)]
@@ -97,7 +142,7 @@ def released(name):
     """A released student on integers, and an image on its way through the 20 steps: see `write_input`."""
     network, solver = to_integer(load_model(name).denoiser), Solver(SamplerConfig())
     steps = zip(solver.timesteps.tolist(), denoise(network, solver, range(1)), strict=True)
-    return network, [(step.x, t, step.eps) for t, step in steps]
+    return network, [(step.x, t, step.answer) for t, step in steps]
 
 
 def write_input(path, network, images):
@@ -105,8 +150,8 @@ def write_input(path, network, images):
 
     The options of the sinusoids, and how many images there are; the layers and normalisations, and their weights; the
     sums of weights and the biases of all output channels; the program of the time embedding and the network's, each
-    with its lines; what of the former is added to which channels. Then of each image its timestep, the quantizers and
-    slopes of that, and x_t.
+    with its lines; what of the former is added to which channels, and which normalisations it scales and shifts. Then
+    of each image its timestep, the quantizers and slopes of that, and x_t.
 
     Args:
         images: x_t (1, channels, height, width), t and ε of each, as `network` gave it.
@@ -116,19 +161,24 @@ def write_input(path, network, images):
     for layer in layers.values():
         sums[layer.channels], biases[layer.channels] = layer.weight_sum, layer.bias
     options = [proj.num_channels // 2, proj.downscale_freq_shift, proj.flip_sin_to_cos, len(images)]
+    time = network.time.program
     added = [
-        (network.time_program.offsets[state], layers[conv].first_channel, layers[conv].out_channels)
-        for conv, state in network._added.items()
+        (time.offsets[state], layers[conv].first_channel, layers[conv].out_channels)
+        for conv, state in network.time.added.items()
+    ]
+    modulated = [
+        (time.offsets[state], layers.norms[norm], time.shapes[state][0] // 2)
+        for norm, state in network.time.modulated.items()
     ]
     arrays = [np.array(options, np.int64), layers.table, layers.norm_table]
     arrays += [layer.weight for layer in layers.values()]
-    arrays += [parameter.detach().numpy() for norm in layers.norms for parameter in (norm.weight, norm.bias)]
+    arrays += [numbers for norm in layers.norm_numbers for numbers in norm]
     arrays += [sums, biases]
-    for program in (network.time_program.structure, *(program.structure for program in network.programs.values())):
+    for program in (time.structure, *(program.structure for program in network.programs.values())):
         arrays += [program, (Line * program.num_lines)(*program.lines[: program.num_lines])]
-    arrays.append(np.array(added, np.int64))
+    arrays += [np.array(added, np.int64), np.array(modulated, np.int64)]
     for x, t, _ in images:
-        moment = network.moments[t]
+        moment = network.moments[t, None]
         arrays += [np.array([t], np.float32), moment.quantizers, moment.slopes, x.numpy()]
     with path.open("wb") as file:
         for array in arrays:
@@ -157,7 +207,7 @@ def run(command, network, images, folder):
 
 def expected(network, images):
     """The SHA-256 of what this processor's core makes of each image: the biases with the time embedding, and ε."""
-    arrays = ((network.moments[t].offsets.tobytes(), eps.numpy().tobytes()) for _, t, eps in images)
+    arrays = ((network.moments[t, None].offsets.tobytes(), eps.numpy().tobytes()) for _, t, eps in images)
     return [hashlib.sha256(b"".join(pair)).hexdigest() for pair in arrays]
 
 
@@ -180,6 +230,10 @@ def test_an_emulated_arm_processor_makes_the_same_bytes(tmp_path):
         done, digests = run([EMULATOR, "-cpu", "max", driver], network, images, tmp_path)
         assert done.returncode == 0, done.stderr
         assert len(digests) == 20
+        assert digests == expected(network, images)
+    for network, images in map(small, SMALL):
+        done, digests = run([EMULATOR, "-cpu", "max", driver], network, images, tmp_path)
+        assert done.returncode == 0, done.stderr
         assert digests == expected(network, images)
 
 

@@ -5,11 +5,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.embeddings import GaussianFourierProjection
+from diffusers.models.resnet import Downsample2D, Upsample2D
 from torch import nn
 
 from eval.exactness import flipped_shares
-from quant import QuantConfig, calibrate, freeze, quantize, to_integer
-from quant.integer.program import IntegerLayer, Layers, Program, filled, follow_unet
+from quant import QuantConfig, calibrate, convert, freeze, quantize, to_integer
+from quant.integer.core import MIRROR_UP, POOL
+from quant.integer.layers import IntegerLayer, Layers, dense, filled
+from quant.integer.lines import Program
+from quant.integer.program import follow_unet, refuse_unsupported
 from quant.layers import QuantConv2d, QuantLinear
 from quant.quantizers import Clock
 
@@ -25,11 +30,25 @@ def make_unet(size, *down, up=None, **options):
 def make_frozen(unet, config=None, x=None):
     """A frozen student; calibrated on x at timestep 700, if x is given."""
     student = quantize(unet, config or QuantConfig(), [700])
-    for _, layer in student.layers():
-        nn.init.constant_(layer.act_quantizer.scale, 0.1)
     if x is not None:
         calibrate(student, {700: x})
+    else:
+        uncalibrated(student)
     return freeze(student)
+
+
+def uncalibrated(student):
+    for _, layer in student.layers():
+        nn.init.constant_(layer.act_quantizer.scale, 0.1)
+    return student
+
+
+def by_hand(unet):
+    """A frozen student of a UNet that its config does not describe."""
+    student = convert._convert(unet, QuantConfig(8, 8), [700])
+    for _, layer in student.layers():
+        layer.weight_quantizer.initialise(layer.weight)
+    return freeze(uncalibrated(student))
 
 
 UNETS = [
@@ -85,7 +104,7 @@ def test_the_time_embedding_is_followed(options):
                 module.register_forward_hook(lambda _, inputs, output, keep=keep: keep(output[0]))
         with torch.no_grad():
             student(torch.zeros(1, 3, 8, 8), t)
-        moment = model._moment(t.item())
+        moment = model._moment(t.item(), None)
         assert len(added) == 8
         for layer in model.layers.values():
             actual = torch.from_numpy(moment.offsets[layer.channels] - layer.bias)
@@ -99,10 +118,10 @@ def spans(program, states):
     return sorted((program.offsets[state], program.offsets[state] + sizes[state]) for state in states)
 
 
-def check_places(program, results):
+def check_places(program, results, given=(0,)):
     """Of every line the states that it or a later one needs, or that a result is, lie apart, and inside the memory."""
     for at, line in enumerate(program.lines):
-        made = {0, *(earlier.target for earlier in program.lines[: at + 1])}
+        made = {*given, *(earlier.target for earlier in program.lines[: at + 1])}
         later = {state for rest in program.lines[at:] for state in (rest.source, rest.skip, rest.residual)}
         places = spans(program, made & (later | {*results, line.target}))
         assert all(left[1] <= right[0] for left, right in itertools.pairwise(places))
@@ -114,11 +133,19 @@ def test_states_that_are_needed_at_once_do_not_overlap(frozen):
     program = follow_unet(model.student.unet, model.layers, 28, 28)
     last = program.lines[-1].target
     check_places(program, [last])
-    check_places(model.time_program, model._added.values())
+    check_places(model.time.program, model.time.added.values())
     reused = program.memory
     everything = range(len(program.shapes))
     check_places(program.place([*everything]), everything)
     assert program.memory >= sum(end - start for start, end in spans(program, everything)) > 4 * reused
+
+
+@pytest.mark.parametrize("options", [{"num_class_embeds": 3}, {"class_embed_type": "timestep"}])
+def test_states_that_are_given_do_not_overlap(options):
+    unet = make_unet(16, "DownBlock2D", "DownBlock2D", block_out_channels=(8, 16), **options)
+    unet.class_embedding.requires_grad_(False)
+    time = to_integer(make_frozen(unet)).time
+    check_places(time.program, time.added.values(), given=(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +172,26 @@ def test_an_image_smaller_than_a_kernel_is_refused():
     conv = make_conv(1, 1, kernel_size=3)
     with pytest.raises(ValueError, match=r"last: images of \(1, 2, 9\) are too small or do not divide"):
         Program(Layers([("last", conv)], []), (1, 2, 9)).emit(conv, 0)
+
+
+def test_an_image_smaller_than_a_pool_is_refused():
+    with pytest.raises(ValueError, match=r"images of \(1, 1, 9\) are too small"):
+        Program(Layers([], []), (1, 1, 9)).change(0, resampling=POOL)
+
+
+@pytest.mark.parametrize("size", [(1, 4), (4, 1)])
+def test_an_image_smaller_than_a_mirror_is_refused(size):
+    with pytest.raises(ValueError, match="too small for a border in a mirror"):
+        Program(Layers([], []), (1, *size)).change(0, resampling=MIRROR_UP)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_groups_become_zeros(groups):
+    """Against PyTorch's own convolution in groups."""
+    conv, x = nn.Conv2d(6, 12, 3, groups=groups), torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        expected, actual = conv(x), nn.functional.conv2d(x, dense(conv.weight, groups), conv.bias)
+    assert (actual - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("outside", [1, 16, 37])
@@ -181,37 +228,69 @@ def test_the_size_of_an_output_is_torchs(options, size, pad_end):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("part", "other", "message"),
     [
-        ({"resnet_time_scale_shift": "scale_shift"}, 'time_embedding_norm "scale_shift" is not supported'),
-        ({"center_input_sample": True}, "unet: center_input_sample is not supported"),
-        ({"time_embedding_type": "fourier"}, 'unet: time_embedding_type "fourier" is not supported'),
-        ({"time_embedding_type": "learned", "num_train_timesteps": 9}, "time_proj: a Embedding is not supported"),
-        ({"num_class_embeds": 3}, "unet: class conditioning is not supported"),
-        ({"act_fn": "gelu"}, r"down_blocks\.0\.resnets\.0: a GELU is not supported"),
-        ({"mid_block_scale_factor": 2.0}, "mid_block.* 2.0 is not supported"),
-        ({"downsample_type": "resnet", "down": "AttnDownBlock2D"}, "resampling inside a residual block is not support"),
-        ({"upsample_type": "resnet", "up": ["AttnUpBlock2D"] * 2}, "resampling inside a residual block is not support"),
-        ({"down": "SkipDownBlock2D"}, r"down_blocks\.0: a SkipDownBlock2D is not supported"),
-        ({"up": ["SkipUpBlock2D"] * 2}, r"up_blocks\.0: a SkipUpBlock2D is not supported"),
+        ("class_embedding", nn.Identity(), "class_embedding: a Identity is not supported"),
+        ("time_proj", nn.Identity(), "time_proj: a Identity is not supported"),
+        ("time_proj", GaussianFourierProjection(8, log=False), "time_proj: Fourier features of t itself, not of its"),
+        ("time_embedding.act", nn.ELU(), "time_embedding: a ELU is not supported"),
+        ("conv_act", nn.ReLU(), "conv_act: a ReLU is not supported"),
+        ("mid_block", nn.Identity(), "mid_block: a Identity is not supported"),
+        ("up_blocks.0", nn.Identity(), r"up_blocks\.0: a Identity is not supported"),
+        (
+            "mid_block.resnets.1.nonlinearity",
+            nn.GELU("tanh"),
+            r"mid_block\.resnets\.1: a GELU by tanh is not supported",
+        ),
+        ("mid_block.attentions.0.norm_q", nn.Identity(), r"mid_block\.attentions\.0: a norm of queries or keys"),
+        (
+            "down_blocks.0.downsamplers.0.norm",
+            nn.Identity(),
+            r"down_blocks\.0\.downsamplers\.0: resampling with a norm",
+        ),
+        (
+            "mid_block.resnets.0.upsample",
+            nn.Upsample(scale_factor=3),
+            r"mid_block\.resnets\.0: a resampling of its own",
+        ),
+        ("mid_block.resnets.0.downsample", nn.MaxPool2d(2), r"mid_block\.resnets\.0: a resampling of its own kind"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(options, message):
-    options = {"down": "DownBlock2D", "up": ["UpBlock2D"] * 2, **options}
-    unet = make_unet(16, *[options.pop("down")] * 2, block_out_channels=(16, 16), **options)
-    with pytest.raises(ValueError, match=message):
-        to_integer(make_frozen(unet))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"groups": 2, "padding": 1}, r"down_blocks\.0\.resnets\.0\.conv1: 2 groups are not supported on integers"),
-        ({"padding": "same"}, r'down_blocks\.0\.resnets\.0\.conv1: padding "same" is not supported on integers'),
-    ],
-)
-def test_convolutions_of_other_kinds_are_refused_by_name(options, message):
+def test_what_is_not_supported_is_refused_by_name(part, other, message):
     unet = make_unet(16, "DownBlock2D", "DownBlock2D", block_out_channels=(16, 16))
-    unet.down_blocks[0].resnets[0].conv1 = nn.Conv2d(16, 16, 3, **options)
+    refuse_unsupported(unet)
+    parent, _, name = part.rpartition(".")
+    setattr(unet.get_submodule(parent), name, other)
     with pytest.raises(ValueError, match=message):
-        to_integer(make_frozen(unet))
+        refuse_unsupported(unet)
+
+
+def test_a_network_of_another_class_is_refused_by_name():
+    with pytest.raises(ValueError, match="unet: a Linear is not supported on integers"):
+        refuse_unsupported(nn.Linear(1, 1))
+
+
+def test_what_only_hands_can_change_is_followed():
+    """Convolutions in groups, samplers without a convolution, attention that adds nothing to its input."""
+    unet = make_unet(16, "DownBlock2D", "AttnDownBlock2D", block_out_channels=(16, 16))
+    unet.down_blocks[0].resnets[0].conv1 = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+    unet.conv_out = nn.Conv2d(16, 3, 3, padding=1, bias=False)
+    unet.down_blocks[0].downsamplers[0] = Downsample2D(16)
+    unet.up_blocks[0].upsamplers[0] = Upsample2D(16)
+    unet.mid_block.attentions[0].residual_connection = False
+    frozen, x = by_hand(unet), torch.randn(6, 3, 16, 16)
+    with torch.no_grad():
+        expected = frozen(x, 700).sample
+    errors = (to_integer(frozen)(x, 700).sample - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert errors.median() < 1e-5
+    shares = flipped_shares(frozen, x, 700)
+    assert shares.keys() == dict(frozen.layers()).keys()
+    assert max(shares.values()) < 1e-3
+
+
+def test_padding_that_is_a_word_is_refused_by_name():
+    unet = make_unet(16, "DownBlock2D", "DownBlock2D", block_out_channels=(16, 16))
+    unet.down_blocks[0].resnets[0].conv1 = nn.Conv2d(16, 16, 3, padding="same")
+    message = r'down_blocks\.0\.resnets\.0\.conv1: padding "same" is not supported on integers'
+    with pytest.raises(ValueError, match=message):
+        to_integer(by_hand(unet))

@@ -1,0 +1,134 @@
+"""What a denoiser was trained for: its noise schedule and its answer, as the scheduler in its folder tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddpm_mnist import InputError
+from ddpm_mnist.exact import Array, cosine
+from ddpm_mnist.unet import make_ddim_scheduler
+
+# The schedulers of diffusers for that noise schedule; those of other processes (VE, EDM, flows) say something else.
+CLASSES = (
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler",
+)  # fmt: skip
+
+# Fields that say what the network was trained for and how its x0 is clipped, and fields of the solver that another
+# scheduler would be: with whatever value.
+HONOURED = {
+    "num_train_timesteps", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "clip_sample",
+    "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "steps_offset",
+    "set_alpha_to_one",
+}  # fmt: skip
+OF_OTHER_SOLVERS = {
+    "solver_order", "solver_type", "solver_p", "algorithm_type", "lower_order_final", "euler_at_final",
+    "lambda_min_clipped", "skip_prk_steps", "predict_x0", "disable_corrector", "interpolation_type", "flow_shift",
+    "time_shift_type", "tensor_format",
+}  # fmt: skip
+# Fields that change the process itself, with the values that are supported.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "timestep_type": ("discrete",),
+    **dict.fromkeys(("sigma_min", "sigma_max", "shift_terminal", "timestep_values"), (None,)),
+    **dict.fromkeys(
+        ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), (False, None)
+    ),
+    **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting"), (False, None)),
+    "predict_epsilon": (True, None),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """x_t = √ᾱ_t·x0 + √(1 − ᾱ_t)·ε (DDPM, arXiv 2006.11239, eq. 4), and what a network answers to x_t.
+
+    Attributes:
+        fields: the scheduler's own, as its file has them.
+        alphas_cumprod: ᾱ_t, float64 (num_train_timesteps,).
+        prediction_type: "epsilon", "v_prediction" (√ᾱ_t·ε − √(1 − ᾱ_t)·x0, arXiv 2202.00512) or "sample" (x0).
+    """
+
+    fields: Mapping[str, Any]
+    alphas_cumprod: Array
+    prediction_type: str
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def clip_range(self, solver: str) -> float | None:
+        """The largest |x0| that sampling lets through, or None. A file that is silent: what diffusers' solver does."""
+        if self.fields.get("thresholding"):
+            return 1.0
+        clips = self.fields.get("clip_sample", solver == "ddim")
+        return float(self.fields.get("clip_sample_range", 1.0)) if clips else None
+
+
+def read_schedule(config: Mapping[str, Any]) -> Schedule:
+    """The schedule that the config of a scheduler of diffusers describes.
+
+    Raises:
+        InputError: it says something that is not supported, or not known here; named.
+    """
+    name = config.get("_class_name", "no class")
+    if name not in CLASSES:
+        raise InputError(
+            f"its scheduler, {name}, has no noise schedule of DDPM's kind; supported: {', '.join(CLASSES)}"
+        )
+    fields = {key: value for key, value in config.items() if not key.startswith("_")}
+    if not isinstance(fields.get("clip_sample_range", 1.0), int | float):
+        raise InputError(f"its scheduler has clip_sample_range = {fields['clip_sample_range']}, which is no number")
+    for key, value in fields.items():
+        if key in SUPPORTED and value not in SUPPORTED[key]:
+            values = ", ".join(map(str, SUPPORTED[key]))
+            raise InputError(f"its scheduler has {key} = {value}, which is not supported, only {values}")
+        if key not in HONOURED | OF_OTHER_SOLVERS | SUPPORTED.keys():
+            raise InputError(f"its scheduler has {key} = {value}, which is not known here")
+    if fields.get("thresholding") and (
+        fields.get("dynamic_thresholding_ratio", 0.995) != 1 or fields.get("sample_max_value", 1.0) != 1
+    ):
+        raise InputError(
+            "its scheduler has thresholding = True, which is not supported: no linear solver can follow it"
+        )
+    try:
+        alphas_cumprod = _alphas_cumprod(fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"its scheduler is of no use: {error}") from error
+    return Schedule(fields, alphas_cumprod, fields.get("prediction_type", "epsilon"))
+
+
+def house_schedule() -> Schedule:
+    """That of the teachers that are trained here: DDPM's, for ε, sampled from its last timestep down, x0 clipped."""
+    return read_schedule({"_class_name": "DDIMScheduler", **make_ddim_scheduler().config})
+
+
+def _alphas_cumprod(fields: Mapping[str, Any]) -> Array:
+    count, kind = fields.get("num_train_timesteps", 1000), fields.get("beta_schedule", "linear")
+    start, end = fields.get("beta_start", 1e-4), fields.get("beta_end", 0.02)
+    if not isinstance(count, int) or not 1 <= count <= 1_000_000:
+        raise ValueError(f"num_train_timesteps must be a number from 1 to 1,000,000, not {count}")
+    fraction = np.arange(count) / max(count - 1, 1)
+    if fields.get("trained_betas") is not None:
+        betas = np.asarray(fields["trained_betas"], np.float64)
+    elif kind == "linear":
+        betas = start + (end - start) * fraction
+    elif kind == "scaled_linear":
+        betas = (np.sqrt(start) + (np.sqrt(end) - np.sqrt(start)) * fraction) ** 2
+    else:  # "squaredcos_cap_v2" (arXiv 2102.09672, eq. 17): ᾱ is a cosine squared, and β at most 0.999
+        alpha_bar = cosine((np.arange(count + 1) / count + 0.008) / 1.008 * (np.pi / 2)) ** 2
+        betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    if betas.shape != (count,) or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(f"its betas must be {count:,} numbers between 0 and 1")
+    alphas_cumprod = np.multiply.accumulate(1 - betas)  # one factor after the other
+    if fields.get("rescale_betas_zero_snr"):  # arXiv 2305.08891, algorithm 1: no signal is left at the end
+        signal = np.sqrt(alphas_cumprod)
+        alphas_cumprod = ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2
+    return alphas_cumprod

@@ -1,0 +1,130 @@
+"""The layers and normalisations of a frozen student as the core reads them."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.normalization import AdaGroupNorm
+from diffusers.models.resnet import Downsample2D
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant.integer import core
+from quant.integer.core import LANES
+from quant.layers import QuantConv2d, QuantLayer
+
+# What becomes a `core.Norm`.
+NORMS = (nn.GroupNorm, AdaGroupNorm)
+
+
+def filled(channels: int) -> int:
+    """`channels` up to the next multiple of 16."""
+    return math.ceil(channels / LANES) * LANES
+
+
+class IntegerLayer:
+    """A frozen layer as the core reads it; a linear layer is a convolution of 1×1.
+
+    Attributes:
+        weight: int8 (channels / 16, height, width, input channels / 4, 16, 4), filled up with zeros.
+        weight_sum: int32 (channels,), of all weights of an output channel.
+        scales, bias: float32 (channels,), the weights' step sizes, and the bias.
+        padding: top, left, bottom, right.
+        first_channel: where its output channels begin among those of all layers, each filled up to 16.
+    """
+
+    def __init__(self, number: int, name: str, layer: QuantLayer, pad_end: int, first_channel: int):
+        if layer.codes is None:
+            raise ValueError("only a frozen student runs on integers: call quant.freeze first")
+        codes: Tensor = layer.codes if isinstance(layer, QuantConv2d) else layer.codes[:, :, None, None]
+        geometry = layer.geometry if isinstance(layer, QuantConv2d) else (1, 0, 1, 1)
+        stride, padding, dilation, groups = geometry
+        if isinstance(padding, str):
+            raise ValueError(f'{name}: padding "{padding}" is not supported on integers, only numbers')
+        self.number, self.name, self.layer, self.first_channel = number, name, layer, first_channel
+        self.stride, self.dilation, (y, x) = (_pair(value) for value in (stride, dilation, padding))
+        self.padding = [y, x, y + pad_end, x + pad_end]
+        self.weight_sum = codes.flatten(1).sum(1, dtype=torch.int32).numpy()
+        codes = dense(codes, groups)
+        self.out_channels, self.in_channels, *self.kernel = codes.shape
+        self.largest_product = layer.act_quantizer.qmax * -layer.weight_quantizer.qmin
+        # Twice, for the zero point takes as much; and where codes are stored less 128, that may be more than they are.
+        largest = max(layer.act_quantizer.qmax, 128) * -layer.weight_quantizer.qmin
+        if 2 * largest * codes[0].numel() >= 1 << 31:
+            raise ValueError(f"{name}: sums of {codes[0].numel():,} products are too large for integers of 32 bits")
+        full = F.pad(codes, (0, 0, 0, 0, 0, -self.in_channels % 4, 0, -self.out_channels % LANES))
+        pattern = "(o sixteen) (c four) h w -> o h w c sixteen four"
+        self.weight = rearrange(full, pattern, sixteen=LANES, four=4).contiguous().numpy()
+        self.scales, self.bias = (x.detach().numpy() for x in (layer.weight_quantizer.scale, layer.bias))
+
+    @property
+    def channels(self) -> slice:
+        """Its output channels among those of all layers."""
+        return slice(self.first_channel, self.first_channel + self.out_channels)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what the layer makes of an image."""
+        top, left, bottom, right = self.padding
+        return (
+            (height + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1,
+            (width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1,
+        )
+
+    def structure(self) -> core.Layer:
+        """For the core; `self` must outlive it."""
+        sizes = (self.in_channels, self.out_channels, *self.kernel, *self.stride, *self.dilation, *self.padding)
+        return core.Layer(*sizes, self.largest_product, self.first_channel, self.weight.ctypes.data)
+
+
+def dense(codes: Tensor, groups: int) -> Tensor:
+    """The weights (c_out, c_in, …) of a convolution in `groups`, (c_out, c_in / groups, …), zeros between groups."""
+    if groups == 1:
+        return codes
+    rows = codes.unflatten(0, (groups, -1))
+    full = codes.new_zeros(groups, rows.shape[1], groups, *codes.shape[1:])
+    for group in range(groups):
+        full[group, :, group] = rows[group]
+    return full.flatten(0, 1).flatten(1, 2)
+
+
+def _pair(value: int | tuple[int, int]) -> list[int]:
+    return [value] * 2 if isinstance(value, int) else list(value)
+
+
+class Layers(dict[QuantLayer, IntegerLayer]):
+    """The layers of a student with their integer form, and its normalisations, in the order of their definition.
+
+    Attributes:
+        channels: output channels of all layers together, each filled up to 16.
+        norms: the number of each normalisation.
+        norm_numbers: of each, weight and bias, float32 (channels,).
+        table, norm_table: what the core reads.
+    """
+
+    def __init__(self, named: list[tuple[str, QuantLayer]], modules: list[nn.Module]):
+        super().__init__()
+        # Without padding of its own, diffusers' downsampling fills up below and to the right.
+        filled_up = {m.conv for m in modules if isinstance(m, Downsample2D) and m.use_conv and m.padding == 0}
+        self.channels = 0
+        for number, (name, layer) in enumerate(named):
+            self[layer] = IntegerLayer(number, name, layer, int(layer in filled_up), self.channels)
+            self.channels += filled(self[layer].out_channels)
+        self.table = (core.Layer * len(self))(*(layer.structure() for layer in self.values()))
+        norms: list[Any] = [module for module in modules if isinstance(module, NORMS)]
+        self.norms: dict[nn.Module, int] = {norm: number for number, norm in enumerate(norms)}
+        self.norm_numbers = [_weight_and_bias(norm) for norm in norms]
+        self.norm_table = (core.Norm * len(norms))(
+            *(
+                core.Norm(norm.num_groups, norm.eps, weight.ctypes.data, bias.ctypes.data)
+                for norm, (weight, bias) in zip(norms, self.norm_numbers, strict=True)
+            )
+        )
+
+
+def _weight_and_bias(norm: Any) -> list[np.ndarray]:
+    if isinstance(norm, AdaGroupNorm):  # all of it comes from the time embedding
+        channels = norm.linear.bias.numel() // 2
+        return [np.ones(channels, np.float32), np.zeros(channels, np.float32)]
+    return [parameter.detach().numpy() for parameter in (norm.weight, norm.bias)]

@@ -1,0 +1,133 @@
+"""A program: lines over numbered states, and where in memory the states lie."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from quant.integer import core
+from quant.integer.core import (
+    ATTENTION,
+    ENLARGE,
+    FILTER_DOWN,
+    FILTER_UP,
+    KEEP,
+    MIRROR_DOWN,
+    MIRROR_UP,
+    POOL,
+    QUANTIZE,
+)
+from quant.integer.layers import Layers, filled
+
+DOUBLING, HALVING = (ENLARGE, FILTER_UP, MIRROR_UP), (POOL, FILTER_DOWN, MIRROR_DOWN)
+
+
+@dataclass
+class Line:
+    """A line of `core.Line`, its states still numbered: -1 is nothing as layer, norm, skip or residual."""
+
+    kind: int
+    layer: int
+    norm: int
+    source: int
+    skip: int
+    residual: int
+    target: int
+    factor: int
+    heads: int
+    resampling: int = KEEP
+    centre: float = 0.0
+    divisor: float = 1.0
+
+
+class Program:
+    """Lines over numbered states, the first of which are given.
+
+    Attributes:
+        lines: in the order of execution.
+        shapes: of each state, channels, height, width.
+        offsets: of each state in the `memory` floats of a thread: no two that are needed at the same time overlap.
+        structure: what the core reads.
+    """
+
+    def __init__(self, layers: Layers, *shapes: tuple[int, int, int]):
+        self.lines: list[Line] = []
+        self.shapes = list(shapes)
+        self._layers, self._given = layers, len(shapes)
+
+    def emit(
+        self, layer: Any, source: int, kind: int = QUANTIZE, norm: Any = None, skip: int = -1, residual: int = -1,
+        factor: int = 1, heads: int = 0,
+    ) -> int:  # fmt: skip
+        """Append a line; the number of its target."""
+        integer, target = self._layers[layer], len(self.shapes)
+        channels, height, width = self.shapes[source]
+        channels = channels // (3 if kind == ATTENTION else 1) + (self.shapes[skip][0] if skip >= 0 else 0)
+        if channels != integer.in_channels:
+            raise ValueError(f"{integer.name}: {channels} channels meet a layer of {integer.in_channels}")
+        if skip >= 0 and self.shapes[skip][1:] != (height, width):
+            raise ValueError(f"{integer.name}: a skip of {self.shapes[skip][1:]} pixels meets {(height, width)}")
+        shape = (integer.out_channels, *integer.output_size(height * factor, width * factor))
+        if min(shape) < 1 or (residual >= 0 and self.shapes[residual] != shape):
+            raise ValueError(f"{integer.name}: images of {self.shapes[0]} are too small or do not divide")
+        number = self._number(norm)
+        self.lines.append(Line(kind, integer.number, number, source, skip, residual, target, factor, heads))
+        self.shapes.append(shape)
+        return target
+
+    def change(
+        self, source: int, kind: int = QUANTIZE, norm: Any = None, resampling: int = KEEP, centre: float = 0.0,
+        divisor: float = 1.0,
+    ) -> int:  # fmt: skip
+        """Append a line without a layer, target = (resampled(source) - centre) / divisor; the number of its target."""
+        channels, height, width = self.shapes[source]
+        if resampling in (MIRROR_DOWN, MIRROR_UP) and min(height, width) < 2:
+            raise ValueError(f"images of {self.shapes[0]} are too small for a border in a mirror")
+        if resampling in HALVING:
+            height, width = height // 2, width // 2
+        if resampling in DOUBLING:
+            height, width = 2 * height, 2 * width
+        if min(height, width) < 1:
+            raise ValueError(f"images of {self.shapes[0]} are too small")
+        target, number = len(self.shapes), self._number(norm)
+        self.lines.append(Line(kind, -1, number, source, -1, -1, target, 1, 0, resampling, centre, divisor))
+        self.shapes.append((channels, height, width))
+        return target
+
+    def _number(self, norm: Any) -> int:
+        return -1 if norm is None else self._layers.norms[norm]
+
+    def place(self, results: list[int]) -> "Program":
+        """Give every state its place in memory; `results` stay in theirs to the end."""
+        last_use = dict.fromkeys(results, len(self.lines))
+        for at, line in reversed(list(enumerate(self.lines))):
+            for state in (line.source, line.skip, line.residual):
+                last_use.setdefault(state, at)
+        sizes = [filled(channels) * height * width for channels, height, width in self.shapes]
+        self.offsets, live, self.memory = {-1: -1}, set(range(self._given)), 0
+        for state in live:
+            self.offsets[state] = self.memory
+            self.memory += sizes[state]
+        for at, line in enumerate(self.lines):
+            start = 0
+            for other in sorted(live, key=self.offsets.__getitem__):
+                if start + sizes[line.target] <= self.offsets[other]:
+                    break
+                start = max(start, self.offsets[other] + sizes[other])
+            self.offsets[line.target] = start
+            self.memory = max(self.memory, start + sizes[line.target])
+            live = {state for state in live | {line.target} if last_use.get(state, at) > at}
+        placed = (core.Line * len(self.lines))(*map(self._placed, self.lines))
+        first, last = self.shapes[0], self.shapes[results[-1]]
+        ends = (0, first[0], first[1] * first[2], self.offsets[results[-1]], last[0], last[1] * last[2])
+        self.structure = core.Program(*ends, len(placed), placed, self._layers.table, self.memory)
+        return self
+
+    def _placed(self, line: Line) -> core.Line:
+        channels, height, width = self.shapes[line.source]
+        skip_channels = 0 if line.skip < 0 else self.shapes[line.skip][0]
+        source, skip, residual, target = (
+            self.offsets[state] for state in (line.source, line.skip, line.residual, line.target)
+        )
+        return core.Line(
+            line.kind, line.layer, line.norm, source, channels, skip, skip_channels, residual, target,
+            height, width, line.factor, line.heads, line.resampling, line.centre, line.divisor,
+        )  # fmt: skip

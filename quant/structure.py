@@ -1,0 +1,131 @@
+"""What of diffusers' UNets is understood: a network that its class makes from its config, with nothing changed by hand.
+
+A student is saved as config and numbers, and integers follow the config's structure. Whatever else a network computes
+would be lost without a word, so it is refused by name.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models import attention_processor
+from torch import nn
+
+CLASSES: dict[str, Any] = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+
+# The fields of each class's config that were read and tried; what a later diffusers adds is refused until it was too.
+_COMMON = {
+    "sample_size", "in_channels", "out_channels", "center_input_sample", "flip_sin_to_cos", "freq_shift",
+    "down_block_types", "mid_block_type", "up_block_types", "block_out_channels", "layers_per_block",
+    "downsample_padding", "mid_block_scale_factor", "dropout", "act_fn", "norm_num_groups", "norm_eps",
+    "attention_head_dim", "resnet_time_scale_shift", "time_embedding_type", "time_embedding_dim", "class_embed_type",
+    "num_class_embeds",
+}  # fmt: skip
+FIELDS = {
+    "UNet2DModel": _COMMON
+    | {"downsample_type", "upsample_type", "attn_norm_num_groups", "add_attention", "num_train_timesteps"},
+    "UNet2DConditionModel": _COMMON
+    | {
+        "only_cross_attention", "cross_attention_dim", "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block", "encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads",
+        "dual_cross_attention", "use_linear_projection", "addition_embed_type", "addition_time_embed_dim",
+        "upcast_attention", "resnet_skip_time_act", "resnet_out_scale_factor", "time_embedding_act_fn",
+        "timestep_post_act", "time_cond_proj_dim", "conv_in_kernel", "conv_out_kernel",
+        "projection_class_embeddings_input_dim", "attention_type", "class_embeddings_concat",
+        "mid_block_only_cross_attention", "cross_attention_norm", "addition_embed_type_num_heads",
+    },
+}  # fmt: skip
+
+# Processors of diffusers that compute the same attention in another way.
+SAME_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+
+# What may differ from a new network without a change in what it computes.
+_FREE = {"training", "gradient_checkpointing", "processor"}
+
+
+def check_config(name: Any, config: Mapping[str, Any]) -> None:
+    """ValueError unless `name` is a class that is understood, and every field of its `config` one that is."""
+    if name not in CLASSES:
+        raise ValueError(f"a {name} is not supported, only {' and '.join(CLASSES)}")
+    defaults = {key: p.default for key, p in inspect.signature(CLASSES[name].__init__).parameters.items()}
+    for key, value in config.items():
+        if not key.startswith("_") and key not in FIELDS[name] and not (key in defaults and value == defaults[key]):
+            raise ValueError(f"{name} has {key} = {value}, which is not known here")
+
+
+def make(name: str, config: Mapping[str, Any]) -> Any:
+    """A new network of that class; ValueError where its config is not understood."""
+    check_config(name, config)
+    return CLASSES[name].from_config(dict(config))
+
+
+def check_structure(unet: nn.Module) -> None:
+    """ValueError naming the first part of `unet` that its class does not make from its config."""
+    kind: Any = type(unet)
+    if kind not in CLASSES.values():
+        raise ValueError(f"a {kind.__name__} is not supported, only {' and '.join(CLASSES)} themselves")
+    config: Any = unet.config
+    with torch.device("meta"):
+        twin = make(kind.__name__, {key: value for key, value in config.items() if not key.startswith("_")})
+    ours, theirs = dict(unet.named_modules()), dict(twin.named_modules())
+    for name in sorted(ours.keys() | theirs.keys()):
+        place = name or kind.__name__
+        if name not in theirs:
+            raise ValueError(
+                f"{place}: {_kind(ours[name])} is there that {kind.__name__} does not make from its config"
+            )
+        if name not in ours:
+            raise ValueError(f"{place}: {_kind(theirs[name])} of {kind.__name__} is missing")
+        _compare(place, ours[name], theirs[name])
+
+
+def _kind(module: nn.Module) -> str:
+    return f"a {type(module).__name__}"
+
+
+def _compare(place: str, ours: nn.Module, theirs: nn.Module) -> None:
+    if type(ours) is not type(theirs):
+        raise ValueError(f"{place}: {_kind(ours)} is there, its class makes {_kind(theirs)} from its config")
+    if "forward" in vars(ours):
+        raise ValueError(f"{place}: its forward was replaced")
+    hooks = [key for key, value in vars(ours).items() if key.endswith("_hooks") and value and "state_dict" not in key]
+    if hooks:
+        raise ValueError(f"{place}: it has hooks ({hooks[0].strip('_')}), which a student would not keep")
+    tensors = [
+        {name: x.shape for name, x in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]}
+        for m in (ours, theirs)
+    ]
+    if tensors[0] != tensors[1]:
+        raise ValueError(f"{place}: its tensors are {_shapes(tensors[0])}, its config asks for {_shapes(tensors[1])}")
+    processor = getattr(ours, "processor", None)
+    if processor is not None and not _same_attention(processor, theirs):
+        raise ValueError(f"{place}: the attention processor {type(processor).__name__} is not supported")
+    options = [{key: _plain(value) for key, value in vars(m).items()} for m in (ours, theirs)]
+    for key in sorted(options[0].keys() | options[1].keys()):
+        if key.startswith("_") or key in _FREE:
+            continue
+        then, now = (values.get(key) for values in options)
+        if then != now:
+            raise ValueError(f"{place}: {key} is {then}, its config asks for {now}")
+
+
+def _same_attention(processor: Any, theirs: Any) -> bool:
+    same = [getattr(attention_processor, name, None) for name in SAME_ATTENTION]
+    return type(processor) in (*same, type(theirs.processor))
+
+
+def _shapes(tensors: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in tensors.items()) or "none"
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as something that can be compared: functions by their name, other objects by their class."""
+    if isinstance(value, bool | int | float | str | None | torch.dtype):
+        return value
+    if isinstance(value, list | tuple | set):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return getattr(value, "__qualname__", type(value).__name__)

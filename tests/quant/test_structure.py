@@ -1,0 +1,117 @@
+"""What a student would lose without a word is refused by name: whatever the network's class does not make itself."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import nn
+
+from quant import QuantConfig, QuantizedUNet, quantize
+from quant.structure import CLASSES, FIELDS, check_structure
+
+
+class Scaled(UNet2DModel):
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        return super().forward(sample / 3, timestep, class_labels, return_dict)
+
+
+class OtherProcessor(AttnProcessor):
+    pass
+
+
+def put(path, value):
+    """Exchange a part, or an attribute of one, by hand."""
+
+    def change(unet):
+        *parts, name = path.split(".")
+        for part in parts:
+            unet = unet[int(part)] if part.isdigit() else getattr(unet, part)
+        setattr(unet, name, value)
+
+    return change
+
+
+def each_attention(unet, action):
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            action(module)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda unet: Scaled.from_config(unet.config), "a Scaled is not supported, only UNet2DModel"),
+        (torch.compile, "a OptimizedModule is not supported"),
+        (nn.DataParallel, "a DataParallel is not supported"),
+        (put("forward", lambda *_: None), "UNet2DModel: its forward was replaced"),
+        (put("conv_norm_out", nn.Identity()), "conv_norm_out: a Identity is there, its class makes a GroupNorm"),
+        (put("conv_act", nn.ReLU()), "conv_act: a ReLU is there, its class makes a SiLU"),
+        (put("conv_out", nn.Sequential(nn.Conv2d(8, 1, 3, padding=1))), "conv_out: a Sequential is there"),
+        (put("down_blocks.0.resnets.0.nonlinearity", nn.GELU()), r"down_blocks\.0\.resnets\.0\.nonlinearity: a GELU"),
+        (put("mid_block", None), "mid_block: a UNetMidBlock2D of UNet2DModel is missing"),
+        (put("mid_block", nn.Identity()), "mid_block: a Identity is there"),
+        (put("conv_in", nn.Conv2d(1, 8, 5, padding=2)), "conv_in: its tensors are weight 8×1×5×5, bias 8, its config"),
+        (put("conv_in", nn.Conv2d(1, 8, 3, padding=1, bias=False)), "conv_in: its tensors are weight 8×1×3×3, its"),
+        (put("conv_in", nn.Conv2d(1, 8, 3, padding=1, padding_mode="circular")), "conv_in: padding_mode is circular"),
+        (put("conv_in.stride", (2, 2)), r"conv_in: stride is \[2, 2\]"),
+        (put("time_proj.scale", 2.0), "time_proj: scale is 2.0"),
+        (put("conv_norm_out.eps", 0.1), "conv_norm_out: eps is 0.1"),
+        (put("down_blocks.0.resnets.0.output_scale_factor", 2.0), "output_scale_factor is 2.0"),
+        (put("extra", nn.Linear(3, 3)), "extra: a Linear is there that UNet2DModel does not make from its config"),
+        (lambda unet: unet.conv_in.register_forward_hook(lambda *_: None) and None, "conv_in: it has hooks"),
+        (lambda unet: unet.register_forward_pre_hook(lambda *_: None) and None, "UNet2DModel: it has hooks"),
+        (lambda unet: nn.utils.parametrizations.weight_norm(unet.conv_in) and None, "conv_in: a ParametrizedConv2d"),
+        (lambda unet: each_attention(unet, Attention.fuse_projections), r"attentions\.0: fused_projections is True"),
+        (
+            lambda unet: each_attention(unet, lambda attention: attention.set_processor(OtherProcessor())),
+            "the attention processor OtherProcessor is not supported",
+        ),
+        (
+            lambda unet: unet.register_to_config(new_norm="rms"),
+            "UNet2DModel has new_norm = rms, which is not known here",
+        ),
+        (lambda unet: quantize(unet, QuantConfig(rank=2), [3]).unet, "conv_in: a QuantConv2d is there"),
+        (lambda unet: quantize(unet, QuantConfig(rank=2), [3]), "a QuantizedUNet is not supported"),
+        (lambda unet: nn.Sequential(nn.Conv2d(1, 1, 3)), "a Sequential is not supported"),
+    ],
+)
+def test_what_the_class_does_not_make_is_refused_by_name(unet, change, message):
+    changed = copy.deepcopy(unet)
+    result = change(changed)
+    changed = result if isinstance(result, nn.Module) else changed
+    with pytest.raises(ValueError, match=message):
+        quantize(changed, QuantConfig(rank=2), [999, 499])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        UNet2DModel.half,
+        UNet2DModel.train,
+        UNet2DModel.enable_gradient_checkpointing,
+        lambda unet: unet.to(memory_format=torch.channels_last),
+        lambda unet: unet.requires_grad_(True),
+        lambda unet: each_attention(unet, lambda attention: attention.set_processor(AttnProcessor())),
+    ],
+)
+def test_what_changes_nothing_that_is_computed_is_taken(unet, change):
+    change(unet)
+    check_structure(unet)
+
+
+def test_the_fields_of_the_installed_diffusers_are_known():
+    for name, kind in CLASSES.items():
+        assert set(inspect.signature(kind.__init__).parameters) - {"self"} == FIELDS[name]
+
+
+def test_a_field_of_tomorrow_is_refused_where_a_student_is_loaded(student, tmp_path, monkeypatch):
+    from quant import freeze
+
+    frozen = freeze(student)
+    frozen.unet.register_to_config(new_norm="rms")
+    frozen.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="new_norm = rms, which is not known here"):
+        QuantizedUNet.from_pretrained(tmp_path)
