@@ -56,7 +56,9 @@ def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: d
     quantizers = [layer.act_quantizer for _, layer in model.layers()]
     per_step, search = model.quant_config.per_step, model.quant_config.search
     count = VALUES if per_step else math.ceil(VALUES / len(states))
-    of_all_steps: dict[Any, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
+    of_all_steps: dict[Any, Tensor] = {}
+    if not per_step:  # in place from the start: small tensors that stay between large ones keep the memory of these
+        of_all_steps = {quantizer: quantizer.scale.new_empty(len(states), count) for quantizer in quantizers}
 
     def look(row: int, quantizer: Any, inputs: tuple[Tensor], _: Tensor) -> None:
         flat = inputs[0].flatten()
@@ -65,15 +67,14 @@ def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: d
         if per_step:
             quantizer.initialise(values, search, row)
         else:
-            of_all_steps[quantizer].append(values)
+            of_all_steps[quantizer][row] = values
 
     with _in_float(model):
         for row, t in enumerate(model.clock.timesteps):
             with _hooks(quantizers, partial(look, row)):
                 model(states[t], t, **conditions)
     for quantizer, values in of_all_steps.items():
-        if values:
-            quantizer.initialise(torch.cat(values), search)
+        quantizer.initialise(values.flatten(), search)
 
 
 def _correct_biases(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
@@ -82,7 +83,6 @@ def _correct_biases(model: QuantizedUNet, states: dict[float, Tensor], condition
     places = [(t, i) for t, x in states.items() for i in range(min(len(x), STATES_PER_STEP))]
     num_batches = math.ceil(len(places) / size)
     layers = [layer for _, layer in model.layers()]
-    # In place from the start: small tensors that stay between large ones that go keep the memory of these.
     means = {layer: layer.bias.new_empty(num_batches, len(layer.bias)) for layer in layers}
 
     def remember(number: int, layer: Any, _: tuple[Tensor], output: Tensor) -> None:

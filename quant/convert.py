@@ -88,7 +88,9 @@ class QuantizedUNet(nn.Module):
             raise ValueError(f"a student computes in float32, not in {self.dtype}: call .float() on it")
         if self.unet.is_gradient_checkpointing:
             raise ValueError("gradient checkpointing is not supported: it would ask the clock after the forward pass")
-        t = torch.as_tensor(timestep, device=sample.device)  # a number as it is: diffusers would cut it to an integer
+        # A number as it is: diffusers would cut it to an integer.
+        dtype = torch.float32 if isinstance(timestep, float) else None
+        t = torch.as_tensor(timestep, device=sample.device, dtype=dtype)
         t = (t.float() if t.is_floating_point() else t).reshape(-1).expand(sample.shape[0])
         self.clock.set(t)
         try:

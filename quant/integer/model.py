@@ -208,7 +208,7 @@ class IntegerUNet(nn.Module):
         return self.moments[t, label]
 
     def _new_moment(self, t: float, label: float | None) -> Moment:
-        self.clock.set(torch.tensor([t]))
+        self.clock.set(torch.tensor([t], dtype=torch.float32))
         try:
             scales, zero_points = zip(*(layer.act_quantizer.read() for layer in self.layers), strict=True)
         finally:

@@ -67,7 +67,7 @@ STRUCTURES = {
     "resampling in the residual blocks (downsample_type, upsample_type)": lambda: two(
         (ATTN_DOWN, DOWN), (UP, ATTN_UP), downsample_type="resnet", upsample_type="resnet"
     ),
-    "K blocks": lambda: two(("KDownBlock2D", DOWN), (UP, "KUpBlock2D"), block_out_channels=(32, 32)),
+    "K blocks": lambda: two(("KDownBlock2D",) * 2, ("KUpBlock2D",) * 2, block_out_channels=(32, 64)),
     "classes (num_class_embeds)": lambda: two(num_class_embeds=5),
     "classes as times (class_embed_type timestep)": lambda: two(class_embed_type="timestep"),
     "classes as embeddings (class_embed_type identity)": lambda: two(class_embed_type="identity"),

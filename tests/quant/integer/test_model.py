@@ -1,4 +1,5 @@
 import copy
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler, sample
 from ddpm_mnist.schedule import house_schedule
 from eval.exactness import flipped_shares
 from quant import to_integer
+from quant.integer import core as core_module
 from quant.integer import model as model_module
 from quant.integer.core import VARIABLE, available
 
@@ -253,3 +255,50 @@ def test_it_goes_into_diffusers_pipeline(frozen):
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(2, num_inference_steps=6, use_clipped_model_output=True, output_type="np").images
     assert images.shape == (2, 28, 28, 1)
+
+
+def test_nothing_that_a_module_can_be_told_changes_it(frozen):
+    """Nor PyTorch's own defaults: the core reads and writes floats of 32 bits."""
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([431.3, 20.0])
+    model = to_integer(frozen)
+    expected = model(x, t).sample
+    for changed in (model.half(), model.double(), model.to("meta"), model.to(torch.bfloat16)):
+        model.moments.clear()
+        assert torch.equal(changed(x, t).sample, expected)
+    with pytest.raises(ValueError, match="call to_integer on the other student"):
+        model.load_state_dict(model.state_dict())
+    try:
+        for dtype in (torch.float64, torch.float16):
+            torch.set_default_dtype(dtype)
+            model.moments.clear()
+            assert torch.equal(model(x, t).sample, expected)
+            assert torch.equal(to_integer(frozen)(x, t).sample, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_copies_and_pickles_are_the_same_model(frozen):
+    model, x = to_integer(frozen, "portable"), torch.randn(2, 1, 28, 28)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.core.isa == "portable"
+        assert torch.equal(other(x, 499).sample, model(x, 499).sample)
+
+
+def test_libraries_of_other_sources_are_not_used(monkeypatch, capsys):
+    monkeypatch.setattr(core_module, "_sources", lambda: "of another day")
+    core_module.available.cache_clear()
+    try:
+        assert core_module.available() == {}
+    finally:
+        core_module.available.cache_clear()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(core_module.built())
+    assert all("install the package again: it was built of other sources" in line for line in said)
+
+
+def test_too_little_memory_is_told(frozen, monkeypatch):
+    model = to_integer(frozen)
+    model(torch.randn(1, 1, 28, 28), 499)
+    model.programs[28, 28].structure.memory = 1 << 58  # floats that a thread would need
+    with pytest.raises(MemoryError, match="not enough memory"):
+        model(torch.randn(3, 1, 28, 28), 499)

@@ -1,0 +1,188 @@
+"""Models of other schedules, sizes, channels and classes, from the command line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ddpm_mnist.command import run_command
+from ddpm_mnist.noise import draw_noise, image_generators
+from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, denoise
+from eval.export import ExportConfig, export
+from eval.fid import FidConfig, print_fid
+from eval.grid import GridConfig, draw_models
+from eval.models import load_model
+from eval.sample import SampleConfig, write_samples
+from finetune.pipeline import RunConfig, run
+
+SMALL = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
+BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+
+
+def make_folder(folder, scheduler=None, **options):
+    torch.manual_seed(0)
+    options = {"sample_size": 28, "in_channels": 1, "out_channels": 1, **SMALL, **BLOCKS, **options}
+    DDPMPipeline(UNet2DModel(**options), scheduler or DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def draw(folder, tmp_path, *arguments):
+    words = ["--model", str(folder), "--num-images", "4", "--output", str(tmp_path / "o.npy"), *arguments]
+    run_command("prog", write_samples, SampleConfig, words)
+    return np.load(tmp_path / "o.npy")
+
+
+def refusal(capsys, function, config, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", function, config, list(arguments))
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(prediction_type="v_prediction"),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        DDPMScheduler(num_train_timesteps=200, prediction_type="sample"),
+        DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),
+    ],
+)
+def test_a_folder_is_sampled_as_its_own_pipeline_does(scheduler, tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "model", scheduler)
+    ours = draw(folder, tmp_path, "--solver", "ddim", "--num_steps", "10", "--seed", "3")
+    noise = draw_noise(image_generators(range(3, 7)), (1, 28, 28))
+    monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: noise)
+    pipeline = DDIMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(4, num_inference_steps=10, use_clipped_model_output=True, output_type="np").images[..., 0]
+    assert np.abs(ours.astype(int) - (theirs * 255).round()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "scheduler", "shape"),
+    [
+        ({"sample_size": 32, "in_channels": 3, "out_channels": 3}, None, (32, 32, 3)),
+        ({"sample_size": [16, 24]}, DDPMScheduler(prediction_type="v_prediction"), (16, 24)),
+        ({"num_class_embeds": 4}, DDPMScheduler(beta_schedule="scaled_linear"), (28, 28)),
+    ],
+)
+def test_the_whole_of_it_for_another_model(options, scheduler, shape, tmp_path, capsys):
+    teacher, student = make_folder(tmp_path / "teacher", scheduler, **options), tmp_path / "student"
+    run_command("prog", run, RunConfig, [
+        "--teacher", str(teacher), "--output", str(student), "--num_trajectories", "8",
+        "--calibration_trajectories", "4", "--distill.num_updates", "2", "--distill.batch_size", "3", "--gain_images", "4", "--num_images", "12",
+        "--sampler.num_steps", "4", "--student.rank", "2", "--student.weight_bits", "8", "--student.act_bits", "8",
+    ])  # fmt: skip
+    scores = json.loads((student / "metrics.json").read_text())
+    assert scores[2]["mse_to_teacher"] < 0.01
+    assert (scores[2]["fid"] is None) == (shape != (28, 28))
+    assert (student / "report.html").stat().st_size > 10_000
+    images, of_teacher = (draw(folder, tmp_path, "--num_steps", "4") for folder in (student, teacher))
+    assert images.shape == (4, *shape)
+    assert images.dtype == np.uint8
+    assert np.abs(images.astype(int) - of_teacher).mean() < 10
+    assert load_model(str(student)).schedule.prediction_type == load_model(str(teacher)).schedule.prediction_type
+    grid = ["--models", str(teacher), str(student), "--columns", "3", "--num_steps", "4"]
+    run_command("prog", draw_models, GridConfig, [*grid, "--output", str(tmp_path / "grid.png")])
+    fid = ["--model", str(student), "--teacher", str(teacher), "--num-images", "4", "--num_steps", "4"]
+    run_command("prog", print_fid, FidConfig, [*fid, "--output", str(tmp_path / "fid.json")])
+    assert json.loads((tmp_path / "fid.json").read_text())["features"] == (
+        "none" if shape != (28, 28) else scores[0]["features"]
+    )
+    words = ["--model", str(student), "--format", "packed", "--output", str(tmp_path / "packed")]
+    run_command("prog", export, ExportConfig, words)
+    assert refusal(capsys, print_fid, FidConfig, "--model", str(student), "--num-images", "4", "--labels", "[77]")
+
+
+def test_classes_and_guidance(tmp_path, capsys):
+    folder = make_folder(tmp_path / "model", num_class_embeds=4)
+    denoiser = load_model(str(folder)).denoiser
+    assert choose_labels(denoiser, SamplerConfig(), range(6)).tolist() == [0, 1, 2, 3, 0, 1]
+    assert choose_labels(denoiser, SamplerConfig(null_class=3), range(2, 6)).tolist() == [2, 0, 1, 2]
+    threes = draw(folder, tmp_path, "--num_steps", "3", "--labels", "[3]")
+    all_four = draw(folder, tmp_path, "--num_steps", "3")
+    assert np.abs(threes[3].astype(int) - all_four[3]).max() <= 1
+    assert (threes[0] != all_four[0]).any()
+
+    config = SamplerConfig("dpm++", 3, labels=(1,), guidance_scale=3.0, null_class=0)
+    x, t, (one, null) = torch.randn(2, 1, 28, 28), torch.tensor([666, 666]), torch.tensor([[1, 1], [0, 0]])
+    with torch.no_grad():
+        conditional, unconditional = (denoiser(x, t, labels).sample for labels in (one, null))
+        solver = Solver(config, load_model(str(folder)).schedule)
+        at = solver.timesteps.tolist()
+        guided = solver.ask(denoiser, torch.tensor([1, 1]), x, one)
+        conditional, unconditional = (denoiser(x, torch.full((2,), at[1]), labels).sample for labels in (one, null))
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+    *_, last = denoise(denoiser, solver, range(2))
+    assert last.x_next.isfinite().all()
+
+    for words, message in (
+        (["--labels", "[4]"], "it has the classes 0…3"),
+        (["--null_class", "-1"], "it has the classes 0…3"),
+        (["--guidance_scale", "2"], "guidance_scale needs null_class"),
+    ):
+        assert message in refusal(capsys, write_samples, SampleConfig, "--model", str(folder), *words)
+    assert "it has no classes" in refusal(capsys, write_samples, SampleConfig, "--labels", "[1]")
+
+
+def test_a_unet_without_a_scheduler_gets_a_word(tmp_path, capsys):
+    folder = make_folder(tmp_path / "model")
+    with_scheduler = draw(folder, tmp_path, "--num_steps", "3")
+    assert "no scheduler" not in capsys.readouterr().err
+    draw(folder / "unet", tmp_path, "--num_steps", "3")
+    assert "no scheduler" not in capsys.readouterr().err, "that of the pipeline around it counts"
+    shutil.rmtree(folder / "scheduler")
+    other = draw(folder, tmp_path, "--num_steps", "3")
+    assert "model/unet has no scheduler: ε-prediction over DDPM's 1000 linear steps" in capsys.readouterr().err
+    assert (other != with_scheduler).any(), "the spacing is the house's then"
+    (folder / "unet" / "scheduler_config.json").write_text(DDPMScheduler().to_json_string())
+    assert np.array_equal(draw(folder, tmp_path, "--num_steps", "3"), with_scheduler), "as older folders have it"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("unet/config.json", {"new_norm": "rms"}, "UNet2DModel has new_norm = rms, which is not known here"),
+        ("unet/config.json", {"_class_name": "UNet2DTomorrow"}, "a UNet2DTomorrow is not supported"),
+        ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel needs text"),
+        ("unet/config.json", {"sample_size": None}, "its config has no sample_size"),
+        ("scheduler/scheduler_config.json", {"churn": 1}, "its scheduler has churn = 1, which is not known here"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler, has no noise"),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding = True, which is not supported"),
+    ],
+)
+def test_what_a_folder_says_and_is_not_understood_is_refused(file, changes, message, tmp_path, capsys):
+    folder = make_folder(tmp_path / "model")
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    for function, config, option in ((write_samples, SampleConfig, "--model"), (run, RunConfig, "--teacher")):
+        err = refusal(capsys, function, config, option, str(folder), "--output", str(tmp_path / "out.npy"))
+        assert f'model "{folder}" cannot be loaded' in err
+        assert message in err
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_a_name_on_the_hub_is_looked_up_there(tmp_path, monkeypatch, capsys):
+    folder, asked = make_folder(tmp_path / "model"), []
+
+    def snapshot(name, allow_patterns):
+        asked.append(name)
+        assert not any(pattern.endswith((".bin", ".pkl", "*")) for pattern in allow_patterns), "no pickle is fetched"
+        if name != "google/ddpm":
+            raise OSError("no such repository\nand more")
+        return str(folder)
+
+    monkeypatch.setattr("eval.models.snapshot_download", snapshot)
+    assert load_model("google/ddpm").folder == folder
+    err = refusal(capsys, write_samples, SampleConfig, "--model", "google/other")
+    assert 'no model "google/other", neither here nor on the Hugging Face hub (no such repository)' in err
+    assert asked == ["google/ddpm", "google/other"]
+    assert "no model" in refusal(capsys, write_samples, SampleConfig, "--model", "a/b/c")
+    assert len(asked) == 2
