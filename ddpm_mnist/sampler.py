@@ -89,7 +89,7 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
     try:
         scheduler.set_timesteps(config.num_steps)
         timesteps = scheduler.timesteps.tolist()
-    except (ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError):
         timesteps = []
     if len(set(timesteps)) != config.num_steps or not 0 <= timesteps[-1] <= timesteps[0] < total:
         # Some numbers, 61 of 1000 the first of them, miss their own count in diffusers' "trailing" spacing.
@@ -243,8 +243,10 @@ def image_shape(denoiser: Any) -> tuple[int, int, int]:
         raise InputError(
             f"it answers {config.out_channels} channels to {channels}: a learned variance is not supported"
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    return channels, height, width
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise InputError(f"its config has sample_size = {size!r}, which is neither a number of pixels nor two")
+    return channels, *sides
 
 
 def choose_labels(denoiser: Any, config: SamplerConfig, seeds: range) -> Tensor | None:
@@ -261,8 +263,8 @@ def choose_labels(denoiser: Any, config: SamplerConfig, seeds: range) -> Tensor 
             raise InputError("it has no classes: labels and null_class must be left out")
         return None
     if kind == "timestep":
-        if not config.labels:
-            raise InputError("its classes have no number (class_embed_type): labels must name those to draw")
+        if not config.labels or not all(0 <= label < 1 << 31 for label in config.labels):
+            raise InputError("its classes are times (class_embed_type): labels must name those to draw, from 0 on")
     elif not all(0 <= label < count for label in (*config.labels, config.null_class or 0)):
         raise InputError(f"it has the classes 0…{count - 1}: labels and null_class must lie there")
     classes = config.labels or [label for label in range(count) if label != config.null_class]

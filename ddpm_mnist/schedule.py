@@ -29,6 +29,8 @@ OF_OTHER_SOLVERS = {
     "lambda_min_clipped", "skip_prk_steps", "predict_x0", "disable_corrector", "interpolation_type", "flow_shift",
     "time_shift_type", "tensor_format",
 }  # fmt: skip
+# Fields that are numbers, with the least that they may be.
+NUMBERS = {"beta_start": 0, "beta_end": 0, "steps_offset": 0, "clip_sample_range": 1e-6}
 # Fields that change the process itself, with the values that are supported.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -51,14 +53,19 @@ class Schedule:
     """x_t = √ᾱ_t·x0 + √(1 − ᾱ_t)·ε (DDPM, arXiv 2006.11239, eq. 4), and what a network answers to x_t.
 
     Attributes:
-        fields: the scheduler's own, as its file has them.
+        config: the scheduler's own, as its file has it.
         alphas_cumprod: ᾱ_t, float64 (num_train_timesteps,).
         prediction_type: "epsilon", "v_prediction" (√ᾱ_t·ε − √(1 − ᾱ_t)·x0, arXiv 2202.00512) or "sample" (x0).
     """
 
-    fields: Mapping[str, Any]
+    config: Mapping[str, Any]
     alphas_cumprod: Array
     prediction_type: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config without the names that diffusers adds to it."""
+        return _fields(self.config)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -83,9 +90,13 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         raise InputError(
             f"its scheduler, {name}, has no noise schedule of DDPM's kind; supported: {', '.join(CLASSES)}"
         )
-    fields = {key: value for key, value in config.items() if not key.startswith("_")}
-    if not isinstance(fields.get("clip_sample_range", 1.0), int | float):
-        raise InputError(f"its scheduler has clip_sample_range = {fields['clip_sample_range']}, which is no number")
+    fields = _fields(config)
+    for key, least in NUMBERS.items():
+        value = fields.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
+            if key == "clip_sample_range" and not fields.get("clip_sample", True):
+                continue
+            raise InputError(f"its scheduler has {key} = {value!r}, which is no number of at least {least:g}")
     for key, value in fields.items():
         if key in SUPPORTED and value not in SUPPORTED[key]:
             values = ", ".join(map(str, SUPPORTED[key]))
@@ -102,7 +113,11 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         alphas_cumprod = _alphas_cumprod(fields)
     except (TypeError, ValueError) as error:
         raise InputError(f"its scheduler is of no use: {error}") from error
-    return Schedule(fields, alphas_cumprod, fields.get("prediction_type", "epsilon"))
+    return Schedule(config, alphas_cumprod, fields.get("prediction_type", "epsilon"))
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def house_schedule() -> Schedule:

@@ -84,6 +84,7 @@ def draw_models(config: GridConfig) -> Path:
     models = [load_model(argument, config.runtime) for argument in config.models]
     for model in models:
         model.solver(config)  # refuses what does not fit
+        model.check_pictures()
         if model.shape != models[0].shape:
             raise InputError(f'"{model.name}" draws images of {model.shape}, "{models[0].name}" of {models[0].shape}')
     ruler = load_ruler(config.features)

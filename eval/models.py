@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import UNet2DModel
-from diffusers.utils import logging
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
@@ -62,11 +62,24 @@ class Model:
         """Channels, height and width of its images."""
         return image_shape(self.denoiser)
 
+    def check_pictures(self) -> None:
+        """InputError unless its images can be drawn as a picture."""
+        if self.shape[0] not in (1, 3):
+            raise InputError(f'model "{self.name}" has images of {self.shape[0]} channels: a picture has 1 or 3')
+
     def solver(self, config: SamplerConfig) -> Solver:
         """The sampler of `config` over the model's own schedule; InputError where the two do not fit."""
         with _named(self.name):
             choose_labels(self.denoiser, config, range(0))
-            return Solver(config, self.schedule)
+            solver, options = Solver(config, self.schedule), self.denoiser.config
+            last, first = solver.timesteps.max().item(), solver.timesteps.min().item()
+            if options.time_embedding_type == "learned" and last >= (options.num_train_timesteps or 0):
+                raise InputError(
+                    f"it has learned {options.num_train_timesteps} timesteps, and its scheduler asks for {last}"
+                )
+            if options.time_embedding_type == "fourier" and first <= 0:
+                raise InputError("it takes the logarithm of its timesteps, and its scheduler asks for 0")
+            return solver
 
     def weights_digest(self) -> str:
         """The first 12 digits of its weights' SHA-256."""
@@ -124,7 +137,9 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
         config = read_config(place / "config.json")
         if config.get("class", config.get("_class_name")) == "UNet2DConditionModel":
             raise InputError("a UNet2DConditionModel needs text beside the noise: quant takes it, the commands do not")
-        schedule = _load_schedule(place)
+        _refuse_latents(place)
+        own_schedule = _load_schedule(place)
+        schedule = own_schedule or house_schedule()
         if "quantization" in config:
             student = QuantizedUNet.from_pretrained(place)
             bits = student.quant_config
@@ -133,13 +148,26 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
             check_config(config.get("_class_name"), config)
             denoiser = _load_unet(place).requires_grad_(False).to(device())
             model = Model(argument, denoiser, schedule, folder=folder)
-        model.shape  # noqa: B018 (refuses a model without a size)
+        _check_size(model)
     except (
         InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
     ) as error:  # fmt: skip
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
+    if own_schedule is None:
+        print(f"{place} has no scheduler: DDPM's 1000 linear steps and ε are taken for granted", file=sys.stderr)
     return model
+
+
+def _check_size(model: Model) -> None:
+    """InputError for images that the network cannot halve as often as it does, and that are no pixels."""
+    unet = model.denoiser
+    unet = unet if isinstance(unet, UNet2DModel) else getattr(unet, "student", unet).unet
+    halvings = sum(bool(getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)) for b in unet.down_blocks)
+    if any(side % 2**halvings for side in model.shape[1:]):
+        raise InputError(f"its sample_size {model.shape[1:]} cannot be halved {halvings} times, as its network does")
+    if not all(x.isfinite().all() for x in unet.parameters() if x.is_floating_point()):
+        raise InputError("its weights hold what is no finite number")
 
 
 def _from_hub(name: str) -> Path:
@@ -154,29 +182,47 @@ def _from_hub(name: str) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError if there is none."""
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path.name} is no JSON object")
     return config
 
 
-def _load_schedule(place: Path) -> Schedule:
-    """What the scheduler beside the network in `place` says; where there is none, DDPM's own, with a word."""
+def _refuse_latents(place: Path) -> None:
+    """ValueError where a pipeline has more than the network and its scheduler: its network draws something else."""
+    for path in (place / "model_index.json", place.parent / "model_index.json"):
+        if path.is_file() and (path.parent == place or place.name == "unet"):
+            parts = {name for name, value in read_config(path).items() if isinstance(value, list) and any(value)}
+            if others := sorted(parts - {"unet", "scheduler"}):
+                raise ValueError(
+                    f"its pipeline has a {others[0]} beside the network; only networks of pixels are drawn"
+                )
+
+
+def _load_schedule(place: Path) -> Schedule | None:
+    """What the scheduler beside the network in `place` says; None where there is none."""
     folders = [place, place.parent] if place.name == "unet" else [place]
     for folder in folders:
         for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
             if path.is_file():
                 return read_schedule(read_config(path))
-    print(f"{place} has no scheduler: ε-prediction over DDPM's 1000 linear steps is taken for granted", file=sys.stderr)
-    return house_schedule()
+    return None
 
 
 def _load_unet(place: Path) -> UNet2DModel:
     """A UNet of diffusers; its library logs what it finds wrong and loads it all the same."""
+    half, shards = "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+    if not any((place / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, half, shards)):
+        raise ValueError(f"it has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats are not read")
+    variant = "fp16" if (place / half).is_file() and not (place / SAFETENSORS_WEIGHTS_NAME).is_file() else None
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        unet, found = UNet2DModel.from_pretrained(place, use_safetensors=True, output_loading_info=True)
+        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant}
+        unet, found = UNet2DModel.from_pretrained(place, torch_dtype=torch.float32, **options)
     finally:
         logging.set_verbosity(verbosity)
     if found["missing_keys"] or found["unexpected_keys"]:

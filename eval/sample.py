@@ -64,6 +64,8 @@ def write_samples(config: SampleConfig) -> Path:
     """Draw images with a model, as an array (.npy) or a picture (.png)."""
     model = load_model(config.model, config.runtime)
     model.solver(config)  # refuses what does not fit
+    if config.output.suffix == ".png":
+        model.check_pictures()
     prepare_output(config.output)
     images, _ = draw(model, config)
     content = io.BytesIO()

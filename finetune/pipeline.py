@@ -14,7 +14,7 @@ from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.noise import STREAM
 from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_json
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, choose_labels, make_scheduler, sample, to_float
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, choose_labels, sample, to_float
 from eval.features import load_ruler
 from eval.fid import print_scores, score_images
 from eval.grid import fid_label, row_label
@@ -176,8 +176,8 @@ def distill_student(config: RunConfig) -> Made:
         distill(student, solver, buffer, config.distill, run, config.seed, images)
     stopwatch.lap("distillation")
     student, gain = freeze(student), 0.0
-    if config.gain_images and teacher.schedule.prediction_type != "epsilon":
-        print(f"No gain: it is a factor on ε, and {config.teacher} answers {teacher.schedule.prediction_type}.")
+    if config.gain_images and (reason := _without_gain(teacher)):
+        print(f"No gain: {reason}.")
     elif config.gain_images:
         noise = held_out_noise(config.seed, config.gain_images)
         goal = _teacher_images(config.teacher, drawn, config.gain_images, noise, config.batch_size)
@@ -186,7 +186,7 @@ def distill_student(config: RunConfig) -> Made:
         write_json(config.output / "gain.json", matched.record())
     stopwatch.lap("gain")
     student.save_pretrained(config.output)
-    make_scheduler(config.sampler, teacher.schedule).save_pretrained(config.output / "scheduler")
+    write_json(config.output / "scheduler" / "scheduler_config.json", dict(teacher.schedule.config))
     return Made(teacher, frozen_ptq, student, gain, stopwatch.seconds)
 
 
@@ -201,6 +201,15 @@ def _refuse_unsupported(config: RunConfig, teacher: Model, solver: Solver, teach
     fine = teacher_solver.timesteps[:: config.teacher_steps]
     if not torch.equal(fine, solver.timesteps):
         raise InputError(f"teacher_steps {config.teacher_steps}: the student's timesteps are not the teacher's")
+
+
+def _without_gain(teacher: Model) -> str:
+    """Why the student of this teacher can have no gain; nothing if it can."""
+    if teacher.schedule.prediction_type != "epsilon":
+        return f"it is a factor on ε, and {teacher.name} answers {teacher.schedule.prediction_type}"
+    if hasattr(teacher.denoiser.up_blocks[-1], "skip_conv"):
+        return f"in {teacher.name} an image is added to what the last convolution makes"
+    return ""
 
 
 def _training_images(config: RunConfig, teacher: Model) -> torch.Tensor:
@@ -243,6 +252,7 @@ def run(config: RunConfig) -> Path:
         InputError: no such teacher, or the folder belongs to another configuration.
     """
     ruler = load_ruler(config.features)
+    load_teacher(config.teacher).check_pictures()
     made = distill_student(config)
     bits = config.student.weight_bits, config.student.act_bits
     models = [
@@ -304,7 +314,7 @@ def fingerprint(config: RunConfig, teacher: Model) -> dict:
         del fields[free]
     for free in ("log_every", "save_every"):
         del fields["distill"][free]
-    schedule = {"teacher's scheduler": dict(teacher.schedule.fields), "noise": STREAM}
+    schedule = {"teacher's scheduler": teacher.schedule.fields, "noise": STREAM}
     return {**fields, "teacher's weights": teacher.weights_digest(), **schedule}
 
 

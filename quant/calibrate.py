@@ -1,5 +1,6 @@
 """Activation ranges from the float network's own activations, one denoising step at a time; then the biases."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.convert import QuantizedUNet
+from quant.convert import QuantizedUNet, require_student
 from quant.quantizers import ActivationQuantizer, WeightQuantizer, as_number
 
 # Values of each layer that the search for a range looks at: the extremes, and a random sample. Of every denoising step,
@@ -36,20 +37,43 @@ def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: 
     Raises:
         ValueError: the timesteps are not exactly the clock's, or the model was calibrated or frozen before.
     """
-    by_time = {as_number(t): x.float() for t, x in states.items()}
-    if sorted(by_time) != sorted(model.clock.timesteps):
-        raise ValueError(f"calibration needs states at {model.clock.timesteps}, not at {list(by_time)}")
-    quantizers = [layer.act_quantizer for _, layer in model.layers()]
-    if any((quantizer.scale != 1).any() for quantizer in quantizers):
+    require_student(model)
+    if model.is_calibrated:
         raise ValueError("this student is calibrated already; quantize its teacher anew")
-    training = model.training
+    by_time = _checked(model, states, conditions)
+    training, before = model.training, copy.deepcopy(model.state_dict())
     model.eval()
     try:
         _set_ranges(model, by_time, conditions)
         if model.quant_config.bias_correction:
             _correct_biases(model, by_time, conditions)
+        model.is_calibrated = True
     finally:
         model.train(training)
+        if not model.is_calibrated:  # all of it or nothing
+            model.load_state_dict(before)
+
+
+def _checked(model: QuantizedUNet, states: Mapping[Any, Tensor], conditions: dict[str, Tensor]) -> dict[float, Tensor]:
+    """The states in float32 by their timesteps as numbers; ValueError where they are of no use."""
+    by_time = {as_number(t): x for t, x in states.items()}
+    if sorted(by_time) != sorted(model.clock.timesteps):
+        raise ValueError(f"calibration needs states at {model.clock.timesteps}, not at {list(by_time)}")
+    first, channels = by_time[model.clock.timesteps[0]], model.config.in_channels
+    shape: tuple[int, ...] = tuple(getattr(first, "shape", ()))
+    for t, x in by_time.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError(f"the states at {t} must be a tensor of floats")
+        if x.dim() != 4 or x.shape[1] != channels or not x.numel() or x.shape != shape:
+            raise ValueError(
+                f"the states at {t} must be (N, {channels}, H, W), alike at all timesteps, not {tuple(x.shape)}"
+            )
+        if not x.isfinite().all():
+            raise ValueError(f"the states at {t} hold what is no finite number")
+    for name, values in conditions.items():
+        if not isinstance(values, Tensor) or values.dim() < 1 or len(values) != shape[0]:
+            raise ValueError(f"{name} must be a tensor with a row for each of {shape[0]} states")
+    return {t: x.float() for t, x in by_time.items()}
 
 
 def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,11 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits", "edge_bits"):
-            if not 2 <= getattr(self, name) <= 8:
+            if not isinstance(getattr(self, name), int) or not 2 <= getattr(self, name) <= 8:
                 raise ValueError(f"{name} must lie in 2…8, not {getattr(self, name)}")
         if self.search not in ("error", "min-max"):
             raise ValueError(f'search must be "error" or "min-max", not "{self.search}"')
-        if self.rank < 1:
+        if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
 
 
@@ -73,7 +73,10 @@ class QuantizedUNet(nn.Module):
     """A denoiser of low bits: `model(x_t, t).sample`, with the arguments of the UNet that it was made from.
 
     Sets the clock from t in each forward; samples of one batch may have different t. For a t between two of
-    `clock.timesteps` step sizes and zero points are interpolated. It computes in float32.
+    `clock.timesteps` step sizes and zero points are interpolated. It computes in float32, also under autocast.
+
+    Attributes:
+        is_calibrated: whether its activations have their step sizes.
     """
 
     def __init__(self, unet: nn.Module, config: QuantConfig, clock: Clock):
@@ -81,6 +84,7 @@ class QuantizedUNet(nn.Module):
         self.unet: Any = unet
         self.quant_config = config
         self.clock = clock
+        self.is_calibrated = False
 
     def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError after a conversion to half precision, and under gradient checkpointing."""
@@ -92,9 +96,12 @@ class QuantizedUNet(nn.Module):
         dtype = torch.float32 if isinstance(timestep, float) else None
         t = torch.as_tensor(timestep, device=sample.device, dtype=dtype)
         t = (t.float() if t.is_floating_point() else t).reshape(-1).expand(sample.shape[0])
+        kind = sample.device.type
+        autocast = torch.is_autocast_enabled(kind)  # asked, for an exported graph would keep the context
         self.clock.set(t)
         try:
-            return self.unet(sample, t, *args, **kwargs)
+            with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+                return self.unet(sample.float(), t, *args, **kwargs)
         finally:
             self.clock.unset()
 
@@ -136,9 +143,14 @@ class QuantizedUNet(nn.Module):
         They are rounded to half precision again, so that the factor is met to some 5e-4.
 
         Raises:
-            ValueError: the model is not frozen.
+            ValueError: the model is not frozen, the factor is no positive number, or the network (with Skip blocks)
+                adds an image to what its last convolution makes.
         """
         last = self.unet.conv_out
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"the factor must be a positive number, not {factor}")
+        if hasattr(self.unet.up_blocks[-1], "skip_conv"):
+            raise ValueError("Skip blocks add an image to what the last convolution makes: it alone cannot be scaled")
         if last.codes is None:
             raise ValueError("only a frozen model can be scaled: call quant.freeze first")
         for parameter in (last.weight_quantizer.scale, last.bias):
@@ -206,6 +218,8 @@ def quantize(unet: nn.Module, config: QuantConfig, timesteps: Sequence[float] | 
     Raises:
         ValueError: `unet` has a part that cannot be quantized, or that its config does not tell of; named.
     """
+    if not isinstance(config, QuantConfig):
+        raise ValueError(f"the config must be a QuantConfig, not a {type(config).__name__}")
     check_structure(unet)
     model = _convert(unet, config, timesteps)
     for _, layer in model.layers():
@@ -224,15 +238,23 @@ def freeze(model: QuantizedUNet) -> QuantizedUNet:
     saved, before the codes are made; a saved student therefore computes the same bits as the frozen one.
 
     Raises:
-        ValueError: no layer's activation step size was ever set.
+        ValueError: it is no student, or was not calibrated.
     """
-    if all((layer.act_quantizer.scale == 1).all() for _, layer in model.layers()):
+    require_student(model)
+    if not model.is_calibrated:
         raise ValueError("only a calibrated student can be frozen: quant.calibrate sets its activations' step sizes")
     return _freeze(model)
 
 
+def require_student(model: Any) -> None:
+    """ValueError for what `quantize` did not make."""
+    if not isinstance(model, QuantizedUNet):
+        raise ValueError(f"a {type(model).__name__} is no student: quant.quantize makes one")
+
+
 def _freeze(model: QuantizedUNet) -> QuantizedUNet:
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    frozen.is_calibrated = True
     for _, layer in frozen.layers():
         for quantizer in (layer.weight_quantizer, layer.act_quantizer):
             quantizer.scale.clamp_(min=SMALLEST)

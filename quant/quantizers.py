@@ -1,6 +1,7 @@
 """Weights (LSQ), activations (TALSQ), and the clock that tells an activation quantizer its denoising step."""
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,10 +35,13 @@ class Clock:
     """
 
     def __init__(self, timesteps: Sequence[float] | Tensor):
-        self.timesteps = [as_number(t) for t in timesteps]
+        try:
+            self.timesteps = [as_number(t) for t in timesteps]
+        except TypeError as error:
+            raise ValueError(f"timesteps must be a sequence or a tensor (T,), not {timesteps!r}") from error
         if len(set(self.timesteps)) != len(self.timesteps) or not self.timesteps:
             raise ValueError(f"a clock needs different timesteps, not {self.timesteps}")
-        self._interval: tuple[Tensor, Tensor, Tensor] | None = None
+        self._running = threading.local()  # each thread's own batch: threads may share a model
 
     def set(self, t: Tensor) -> None:
         """Set the clock to the timestep of each sample, t (N,)."""
@@ -48,10 +52,10 @@ class Clock:
         gap = ordered[above] - ordered[below]
         # Outside the table's ends the nearest row serves.
         fraction = torch.where(gap > 0, (t - ordered[below]) / gap, 0).clamp(0, 1)
-        self._interval = rows[below], rows[above], fraction
+        self._running.interval = rows[below], rows[above], fraction
 
     def unset(self) -> None:
-        self._interval = None
+        self._running.interval = None
 
     def read(self, table: Tensor) -> Tensor:
         """The value of `table` (T,) for each sample, (N,), interpolated linearly; a table (1,) serves every timestep.
@@ -59,9 +63,10 @@ class Clock:
         Raises:
             RuntimeError: the clock was not set.
         """
-        if self._interval is None:
+        interval: tuple[Tensor, Tensor, Tensor] | None = getattr(self._running, "interval", None)
+        if interval is None:
             raise RuntimeError("the clock is not set: call the quantized model with (x, t), not its layers")
-        below, above, fraction = self._interval
+        below, above, fraction = interval
         if len(table) == 1:
             return table.expand(len(below))
         fraction = fraction.to(table.dtype)
@@ -71,10 +76,15 @@ class Clock:
     def __deepcopy__(self, memo: dict) -> "Clock":
         return memo.setdefault(id(self), Clock(self.timesteps))
 
+    def __reduce__(self) -> tuple:
+        return Clock, (self.timesteps,)
+
 
 def as_number(t: Any) -> int | float:
     """A timestep as Python's number: an integer where it is one."""
     try:
+        if isinstance(t, str | bool):
+            raise TypeError
         value = float(t)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"a timestep must be a number, not {t!r}") from error

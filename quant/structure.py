@@ -45,6 +45,10 @@ SAME_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "X
 _FREE = {"training", "gradient_checkpointing", "processor"}
 
 
+# Functions that libraries put beside a network without a change in what it computes.
+_CALLABLES = {"_compiled_call_impl", "_gradient_checkpointing_func"}
+
+
 def check_config(name: Any, config: Mapping[str, Any]) -> None:
     """ValueError unless `name` is a class that is understood, and every field of its `config` one that is."""
     if name not in CLASSES:
@@ -69,6 +73,9 @@ def check_structure(unet: nn.Module) -> None:
     config: Any = unet.config
     with torch.device("meta"):
         twin = make(kind.__name__, {key: value for key, value in config.items() if not key.startswith("_")})
+    for name, parameter in unet.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name}: it holds what is no finite number")
     ours, theirs = dict(unet.named_modules()), dict(twin.named_modules())
     for name in sorted(ours.keys() | theirs.keys()):
         place = name or kind.__name__
@@ -88,8 +95,9 @@ def _kind(module: nn.Module) -> str:
 def _compare(place: str, ours: nn.Module, theirs: nn.Module) -> None:
     if type(ours) is not type(theirs):
         raise ValueError(f"{place}: {_kind(ours)} is there, its class makes {_kind(theirs)} from its config")
-    if "forward" in vars(ours):
-        raise ValueError(f"{place}: its forward was replaced")
+    for name, value in vars(ours).items():
+        if callable(value) and name not in vars(theirs) and name not in _CALLABLES:
+            raise ValueError(f"{place}: its {name} was replaced")
     hooks = [key for key, value in vars(ours).items() if key.endswith("_hooks") and value and "state_dict" not in key]
     if hooks:
         raise ValueError(f"{place}: it has hooks ({hooks[0].strip('_')}), which a student would not keep")

@@ -249,7 +249,6 @@ class IntegerUNet(nn.Module):
             start = frequencies.ctypes.data
             self.core.fourier(number, len(frequencies), start, proj.flip_sin_to_cos, to.ctypes.data)
 
-
     # What the core reads is made once: a module's own ways to change its numbers would miss that.
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerUNet":
         return self  # .to(device or dtype) asks for nothing that it could do: it is on the CPU, in integers

@@ -75,11 +75,13 @@ def test_a_folder_is_sampled_as_its_own_pipeline_does(scheduler, tmp_path, monke
 )
 def test_the_whole_of_it_for_another_model(options, scheduler, shape, tmp_path, capsys):
     teacher, student = make_folder(tmp_path / "teacher", scheduler, **options), tmp_path / "student"
-    run_command("prog", run, RunConfig, [
-        "--teacher", str(teacher), "--output", str(student), "--num_trajectories", "8",
-        "--calibration_trajectories", "4", "--distill.num_updates", "2", "--distill.batch_size", "3", "--gain_images", "4", "--num_images", "12",
-        "--sampler.num_steps", "4", "--student.rank", "2", "--student.weight_bits", "8", "--student.act_bits", "8",
-    ])  # fmt: skip
+    small = {
+        "num_trajectories": 8, "calibration_trajectories": 4, "distill.num_updates": 2, "distill.batch_size": 3,
+        "gain_images": 4, "num_images": 12, "sampler.num_steps": 4, "student.rank": 2, "student.weight_bits": 8,
+        "student.act_bits": 8,
+    }  # fmt: skip
+    words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    run_command("prog", run, RunConfig, ["--teacher", str(teacher), "--output", str(student), *words])
     scores = json.loads((student / "metrics.json").read_text())
     assert scores[2]["mse_to_teacher"] < 0.01
     assert (scores[2]["fid"] is None) == (shape != (28, 28))
@@ -140,7 +142,9 @@ def test_a_unet_without_a_scheduler_gets_a_word(tmp_path, capsys):
     assert "no scheduler" not in capsys.readouterr().err, "that of the pipeline around it counts"
     shutil.rmtree(folder / "scheduler")
     other = draw(folder, tmp_path, "--num_steps", "3")
-    assert "model/unet has no scheduler: ε-prediction over DDPM's 1000 linear steps" in capsys.readouterr().err
+    assert (
+        "model/unet has no scheduler: DDPM's 1000 linear steps and ε are taken for granted" in capsys.readouterr().err
+    )
     assert (other != with_scheduler).any(), "the spacing is the house's then"
     (folder / "unet" / "scheduler_config.json").write_text(DDPMScheduler().to_json_string())
     assert np.array_equal(draw(folder, tmp_path, "--num_steps", "3"), with_scheduler), "as older folders have it"
@@ -153,6 +157,10 @@ def test_a_unet_without_a_scheduler_gets_a_word(tmp_path, capsys):
         ("unet/config.json", {"_class_name": "UNet2DTomorrow"}, "a UNet2DTomorrow is not supported"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel needs text"),
         ("unet/config.json", {"sample_size": None}, "its config has no sample_size"),
+        ("unet/config.json", {"sample_size": 15}, "its sample_size (15, 15) cannot be halved 1 times"),
+        ("unet/config.json", {"sample_size": [16]}, "sample_size = [16], which is neither a number of pixels nor two"),
+        ("unet/config.json", {"sample_size": -16}, "sample_size = -16, which is neither"),
+        ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, "its pipeline has a vqvae beside the network"),
         ("scheduler/scheduler_config.json", {"churn": 1}, "its scheduler has churn = 1, which is not known here"),
         ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler, has no noise"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding = True, which is not supported"),
@@ -186,3 +194,64 @@ def test_a_name_on_the_hub_is_looked_up_there(tmp_path, monkeypatch, capsys):
     assert asked == ["google/ddpm", "google/other"]
     assert "no model" in refusal(capsys, write_samples, SampleConfig, "--model", "a/b/c")
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "scheduler", "message"),
+    [
+        ({"time_embedding_type": "learned", "num_train_timesteps": 100}, None, "it has learned 100 timesteps, and its"),
+        (
+            {"time_embedding_type": "fourier"},
+            None,
+            "it takes the logarithm of its timesteps, and its scheduler asks for 0",
+        ),
+    ],
+)
+def test_timesteps_that_the_network_does_not_take_are_refused(options, scheduler, message, tmp_path, capsys):
+    folder = make_folder(tmp_path / "model", scheduler, **options)
+    words = ["--model", str(folder), "--solver", "ddim", "--num_steps", "5"]
+    assert message in refusal(capsys, write_samples, SampleConfig, *words)
+
+
+def test_numbers_that_are_none_and_channels_that_are_no_picture(tmp_path, capsys):
+    folder = make_folder(tmp_path / "model", in_channels=2, out_channels=2)
+    words = ["--model", str(folder), "--output", str(tmp_path / "o.png")]
+    assert "has images of 2 channels: a picture has 1 or 3" in refusal(capsys, write_samples, SampleConfig, *words)
+    assert "a picture has 1 or 3" in refusal(capsys, draw_models, GridConfig, "--models", str(folder))
+    assert draw(folder, tmp_path, "--num_steps", "2").shape == (4, 28, 28, 2)
+    unet = UNet2DModel.from_pretrained(folder / "unet")
+    unet.conv_out.bias.data[0] = torch.nan
+    unet.save_pretrained(folder / "unet")
+    assert "its weights hold what is no finite number" in refusal(capsys, write_samples, SampleConfig, *words)
+
+
+def test_half_precision_folders_are_read_and_other_formats_named(tmp_path, capsys):
+    folder = make_folder(tmp_path / "model")
+    expected = draw(folder, tmp_path, "--num_steps", "2")
+    unet = UNet2DModel.from_pretrained(folder / "unet")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "weights in other formats are not read" in refusal(
+        capsys, write_samples, SampleConfig, "--model", str(folder)
+    )
+    unet.half().save_pretrained(folder / "unet", variant="fp16")
+    assert np.abs(draw(folder, tmp_path, "--num_steps", "2").astype(int) - expected).max() <= 2
+
+
+def test_a_student_keeps_its_teachers_scheduler(tmp_path):
+    scheduler = DDPMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2", steps_offset=1)
+    folder = make_folder(tmp_path / "teacher", scheduler)
+    words = [
+        "--num_trajectories",
+        "4",
+        "--calibration_trajectories",
+        "4",
+        "--distill.num_updates",
+        "0",
+        "--gain_images",
+        "0",
+    ]
+    words += ["--num_images", "12", "--sampler.num_steps", "3", "--teacher", str(folder)]
+    run_command("prog", run, RunConfig, [*words, "--output", str(tmp_path / "student")])
+    teacher, student = (load_model(str(path)).schedule for path in (folder, tmp_path / "student"))
+    assert student.config == teacher.config
+    assert student.clip_range("ddim") is student.clip_range("dpm++") is None

@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 import yaml
-from diffusers import UNet2DModel
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
@@ -191,17 +190,20 @@ def test_a_damaged_state_gets_one_line(config_path, tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-def test_a_student_that_integers_cannot_follow_is_refused_before_the_distillation(config_path, tmp_path, capsys):
-    folder, arguments = tmp_path / "teacher" / "unet", ["--config", str(config_path)]
-    torch.manual_seed(0)
-    options = dict(UNet2DModel.load_config(folder), resnet_time_scale_shift="scale_shift")
-    UNet2DModel.from_config(options).save_pretrained(folder)
+def test_a_student_that_integers_cannot_follow_is_refused_before_anything_starts(
+    config_path, tmp_path, capsys, monkeypatch
+):
+    def refuse(unet):
+        raise ValueError("mid_block: a Block is not supported on integers")
+
+    monkeypatch.setattr("finetune.pipeline.refuse_unsupported", refuse)
+    arguments = ["--config", str(config_path)]
     with pytest.raises(SystemExit) as caught:
         run_command("prog", run, RunConfig, arguments)
     assert caught.value.code == 2
-    message = 'the student cannot run as "integer": down_blocks.0.resnets.0: time_embedding_norm "scale_shift"'
+    message = 'as runtime "integer": mid_block: a Block is not supported on integers'
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "run" / "state").exists()
+    assert not (tmp_path / "run").exists()
     other = ["--runtime", "simulated", "--output", str(tmp_path / "other")]
     run_command("prog", run, RunConfig, [*arguments, *other])
     assert (tmp_path / "other" / "report.html").is_file()

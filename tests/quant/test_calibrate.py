@@ -1,6 +1,7 @@
 """Calibration: once, in evaluation mode, at the timesteps as they are, in the memory of a forward pass."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,19 +78,6 @@ def test_gradient_checkpointing_is_left_behind_or_refused():
         student(torch.randn(2, 1, 8, 8), 900)
 
 
-def test_a_student_learns_under_autocast():
-    student = calibrated(make(), weight_bits=8, act_bits=8)
-    groups = parameter_groups(student, DistillConfig())
-    x = torch.randn(2, 1, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        answer = student(x, 900).sample
-    assert (answer - student(x, 900).sample).abs().max() < 0.2 * answer.abs().max()
-    answer.float().square().sum().backward()
-    for group in groups:
-        for parameter in group["params"]:
-            assert parameter.grad is None or parameter.grad.isfinite().all(), group["name"]
-
-
 @pytest.mark.parametrize("timesteps", [(80.0, 2.5, 0.3), (1.1, 0.5, 0.1)])
 def test_fractional_timesteps_are_not_cut_to_integers(timesteps):
     """NCSN++ divides by its timestep, so that 0 in place of 0.3 would make no numbers at all."""
@@ -158,3 +146,98 @@ def test_its_memory_is_that_of_a_forward_pass(per_step):
     if peak is None:
         pytest.skip("this system does not tell a process's peak of memory")
     assert peak < 1.5 * forward + 16, "MiB; sixteen for what Python and the allocator keep"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.randn(4, 1, 15, 15), r"the states at 300 must be \(N, 1, H, W\), alike at all timesteps"),
+        (torch.randn(4, 3, 8, 8), r"the states at 300 must be \(N, 1, H, W\)"),
+        (torch.randn(0, 1, 8, 8), "the states at 300 must be"),
+        (torch.full((4, 1, 8, 8), torch.nan), "the states at 300 hold what is no finite number"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "the states at 300 must be a tensor of floats"),
+        ([0.0], "the states at 300 must be a tensor of floats"),
+    ],
+)
+def test_states_of_no_use_are_refused_and_change_nothing(bad, message):
+    student, good = quantize(make(), QuantConfig(rank=2), [900, 300]), torch.randn(4, 1, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        calibrate(student, {900: good, 300: bad})
+    with pytest.raises(ValueError, match="only a calibrated student"):
+        freeze(student)
+    calibrate(student, {900: good, 300: good})
+    freeze(student)
+
+
+def test_a_calibration_that_fails_leaves_the_student_as_it_was(monkeypatch):
+    student, states = quantize(make(), QuantConfig(rank=2), [900, 300]), torch.randn(4, 1, 8, 8)
+    before = [x.clone() for x in tables(student)]
+    calls = iter(range(7))
+
+    def fail_late(*_):
+        if next(calls) == 5:
+            raise RuntimeError("no memory is left")
+
+    handle = student.unet.conv_out.register_forward_hook(fail_late)
+    with pytest.raises(RuntimeError, match="no memory is left"):
+        calibrate(student, {900: states, 300: states})
+    handle.remove()
+    assert all(map(torch.equal, tables(student), before))
+    calibrate(student, {900: states, 300: states})
+
+
+def test_conditions_need_a_row_for_each_state():
+    student, states = quantize(make(num_class_embeds=3), QuantConfig(rank=2), [900]), torch.randn(4, 1, 8, 8)
+    for labels in (torch.tensor([1]), [0, 1, 2, 0], 1):
+        with pytest.raises(ValueError, match="class_labels must be a tensor with a row for each of 4 states"):
+            calibrate(student, {900: states}, class_labels=labels)
+    calibrate(student, {900: states}, class_labels=torch.tensor([0, 1, 2, 0]))
+
+
+def test_a_simulated_student_may_be_shared_by_threads():
+    frozen, x = freeze(calibrated(make())), torch.randn(2, 1, 8, 8)
+    expected = {t: frozen(x, t).sample for t in (900, 300, 620)}
+
+    def ask(t):
+        return all(torch.equal(frozen(x, t).sample, expected[t]) for _ in range(25))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(ask, expected))
+
+
+def test_autocast_changes_nothing_and_doubles_are_taken():
+    frozen, x = freeze(calibrated(make())), torch.randn(2, 1, 8, 8)
+    expected = frozen(x, 900).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(x, 900).sample, expected)
+    assert torch.equal(frozen(x.double(), 900).sample, expected)
+
+
+def test_an_image_that_passes_by_the_last_convolution_cannot_be_scaled():
+    skip = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+    frozen = freeze(calibrated(make(**skip, block_out_channels=(32, 64), in_channels=3, out_channels=3)))
+    with pytest.raises(ValueError, match="Skip blocks add an image"):
+        frozen.scale_output(1.1)
+    plain = freeze(calibrated(make()))
+    for factor in (float("nan"), 0.0, -1.0):
+        with pytest.raises(ValueError, match="the factor must be a positive number"):
+            plain.scale_output(factor)
+
+
+def test_what_is_no_student_is_refused_in_a_sentence():
+    unet = make()
+    for verb in (freeze, lambda model: calibrate(model, {})):
+        with pytest.raises(ValueError, match="a UNet2DModel is no student"):
+            verb(unet)
+    for options in ({"weight_bits": 4.0}, {"act_bits": 3.5}, {"rank": 2.5}):
+        with pytest.raises(ValueError, match="must"):
+            QuantConfig(**options)
+    for config in (None, {"weight_bits": 4}):
+        with pytest.raises(ValueError, match="the config must be a QuantConfig"):
+            quantize(unet, config, [900])
+    for timesteps in (None, 500, torch.tensor(500), ["1", "2"], [True, False]):
+        with pytest.raises(ValueError, match="timestep"):
+            quantize(unet, QuantConfig(rank=2), timesteps)
+    unet.conv_in.weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"conv_in\.weight: it holds what is no finite number"):
+        quantize(unet, QuantConfig(rank=2), [900])

@@ -47,6 +47,7 @@ def each_attention(unet, action):
         (torch.compile, "a OptimizedModule is not supported"),
         (nn.DataParallel, "a DataParallel is not supported"),
         (put("forward", lambda *_: None), "UNet2DModel: its forward was replaced"),
+        (put("conv_in._conv_forward", lambda *_: None), "conv_in: its _conv_forward was replaced"),
         (put("conv_norm_out", nn.Identity()), "conv_norm_out: a Identity is there, its class makes a GroupNorm"),
         (put("conv_act", nn.ReLU()), "conv_act: a ReLU is there, its class makes a SiLU"),
         (put("conv_out", nn.Sequential(nn.Conv2d(8, 1, 3, padding=1))), "conv_out: a Sequential is there"),
