@@ -24,7 +24,7 @@ class FidConfig(DrawConfig):
     num_images: int = 10_000
     """Images to score; compare only scores of equal counts."""
     teacher: str = "teacher"
-    """The model whose images of the same noise `mse_to_teacher` and `fid_to_teacher` compare with."""
+    """The model, of images of the same shape, that `mse_to_teacher` and `fid_to_teacher` compare with."""
     features: str | None = None
     """The ruler: a folder of `efficientdm features`, or "inception". None: the released one, of MNIST. Images that it
     does not fit are compared with the teacher's alone."""
@@ -52,6 +52,8 @@ def score_images(
         num_steps=config.num_steps,
         solver=config.solver,
         eta=config.eta,
+        labels=list(config.labels),
+        guidance_scale=config.guidance_scale,
         seed=config.seed,
         seconds=round(seconds, 1),
         **measure(images, teacher_images, ruler),  # type: ignore[arg-type]
@@ -77,13 +79,14 @@ def print_scores(scores: list[Score]) -> None:
 
 
 def print_fid(config: FidConfig) -> Score:
-    """Score a model against MNIST and against its teacher's images from the same noise.
+    """Score a model against a ruler's images, by default MNIST's, and against its teacher's from the same noise.
 
-    Prints a table and writes one JSON object. Needs no data: the reference statistics are shipped.
+    Prints a table and writes one JSON object. Needs no data: the statistics of MNIST are shipped.
     """
     model, teacher = (load_model(name, config.runtime) for name in (config.model, config.teacher))
     if model.shape != teacher.shape:
-        raise InputError(f'"{config.teacher}" draws images of {teacher.shape}, "{config.model}" of {model.shape}')
+        shapes = f'{teacher.shape}, "{config.model}" of {model.shape}'
+        raise InputError(f'"{config.teacher}" draws images of {shapes}: --teacher names the model to compare with')
     ruler = load_ruler(config.features, config.reference)
     for each in (model, teacher):
         each.solver(config)  # refuses what does not fit

@@ -99,6 +99,9 @@ class Score:
     num_steps: int
     solver: str
     eta: float
+    labels: list[int]
+    """The classes in turn; empty: all of them, or a model without."""
+    guidance_scale: float
     seed: int
     """Image i starts from the noise of `seed` + i."""
     seconds: float

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,19 +147,19 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
             check_config(config.get("_class_name"), config)
             denoiser = _load_unet(place).requires_grad_(False).to(device())
             model = Model(argument, denoiser, schedule, folder=folder)
-        _check_size(model)
+        _check_network(model)
     except (
         InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
     ) as error:  # fmt: skip
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
     if own_schedule is None:
-        print(f"{place} has no scheduler: DDPM's 1000 linear steps and ε are taken for granted", file=sys.stderr)
+        print(f"{place} has no scheduler: DDPM's 1000 linear steps and ε are taken for granted")
     return model
 
 
-def _check_size(model: Model) -> None:
-    """InputError for images that the network cannot halve as often as it does, and that are no pixels."""
+def _check_network(model: Model) -> None:
+    """InputError for images that the network cannot halve as often as it does, and for weights that are no numbers."""
     unet = model.denoiser
     unet = unet if isinstance(unet, UNet2DModel) else getattr(unet, "student", unet).unet
     halvings = sum(bool(getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)) for b in unet.down_blocks)
@@ -172,7 +171,7 @@ def _check_size(model: Model) -> None:
 
 def _from_hub(name: str) -> Path:
     """The folder of the model of that name on the hub, in its cache: configs and safetensors alone."""
-    wanted = [f"{folder}{file}" for folder in ("", "unet/", "scheduler/") for file in ("*config.json", "*.safetensors")]
+    wanted = ["*.json", "*.safetensors", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # of the hub's library, of the one below it, or of the system
@@ -214,10 +213,12 @@ def _load_schedule(place: Path) -> Schedule | None:
 
 def _load_unet(place: Path) -> UNet2DModel:
     """A UNet of diffusers; its library logs what it finds wrong and loads it all the same."""
-    half, shards = "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.json"
-    if not any((place / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, half, shards)):
+    whole = any(
+        (place / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json")
+    )
+    variant = None if whole else "fp16"
+    if not whole and not (place / "diffusion_pytorch_model.fp16.safetensors").is_file():
         raise ValueError(f"it has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats are not read")
-    variant = "fp16" if (place / half).is_file() and not (place / SAFETENSORS_WEIGHTS_NAME).is_file() else None
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

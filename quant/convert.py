@@ -76,7 +76,7 @@ class QuantizedUNet(nn.Module):
     `clock.timesteps` step sizes and zero points are interpolated. It computes in float32, also under autocast.
 
     Attributes:
-        is_calibrated: whether its activations have their step sizes.
+        is_calibrated: whether `calibrate` was here, which may come but once.
     """
 
     def __init__(self, unet: nn.Module, config: QuantConfig, clock: Clock):
@@ -238,10 +238,10 @@ def freeze(model: QuantizedUNet) -> QuantizedUNet:
     saved, before the codes are made; a saved student therefore computes the same bits as the frozen one.
 
     Raises:
-        ValueError: it is no student, or was not calibrated.
+        ValueError: it is no student, or no layer's activation step size was ever set.
     """
     require_student(model)
-    if not model.is_calibrated:
+    if all((layer.act_quantizer.scale == 1).all() for _, layer in model.layers()):
         raise ValueError("only a calibrated student can be frozen: quant.calibrate sets its activations' step sizes")
     return _freeze(model)
 

@@ -30,7 +30,7 @@ def run_benchmark(folders, tmp_path, monkeypatch, capsys):
         return {key: run for key, run in every_runtime(*arguments).items() if "compiled" not in key[0]}
 
     monkeypatch.setattr(bench, "torch_runtimes", quick_runtimes)
-    monkeypatch.setattr(bench, "onnx_runtimes", lambda teacher, student, folder: {})
+    monkeypatch.setattr(bench, "onnx_runtimes", lambda teacher, student, solver, folder: {})
 
     def run(*arguments):
         output = tmp_path / "bench.json"

@@ -97,7 +97,6 @@ STRUCTURES = {
 EXPORTED = (
     "openai/diffusers-cd_imagenet64 (consistency model)",
     "google/ncsnpp-celebahq-256 (Skip blocks, Fourier times)",
-    "K blocks",
     "tiny Stable Diffusion (UNet2DConditionModel)",
 )
 WRITES = bool(os.environ.get("EFFICIENTDM_WRITE_DOCS"))
