@@ -63,11 +63,13 @@ def recorded_fid(model: Model, drawing: DrawConfig) -> str:
     try:
         scores = json.loads(path.read_text())
         score = scores[-1] if isinstance(scores, list) else scores
-        recorded = score["solver"], score["num_steps"], score["eta"]
+        of_classes = score.get("labels", []), score.get("guidance_scale", 1.0)  # not there for a model without
+        recorded = score["solver"], score["num_steps"], score["eta"], *of_classes
         label = "" if score["fid"] is None else fid_label(score["fid"], score["num_images"])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path} holds no scores: {error}") from error
-    return label if recorded == (drawing.solver, drawing.num_steps, drawing.eta) else ""
+    now = drawing.solver, drawing.num_steps, drawing.eta, list(drawing.labels), drawing.guidance_scale
+    return label if recorded == now else ""
 
 
 def fid_label(fid: float, num_images: int) -> str:

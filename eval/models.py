@@ -148,9 +148,7 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
             denoiser = _load_unet(place).requires_grad_(False).to(device())
             model = Model(argument, denoiser, schedule, folder=folder)
         _check_network(model)
-    except (
-        InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
-    ) as error:  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
     if own_schedule is None:

@@ -244,7 +244,7 @@ def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Ten
         score = dataclasses.asdict(score_images(model, images, seconds, reference, drawing, ruler))
         write_json(path, {**score, **origin})
     score = json.loads(path.read_text())
-    now = {name: getattr(drawing, name) for name in ("num_images", "num_steps", "seed", "solver")}
+    now = {name: getattr(drawing, name) for name in ("num_images", "num_steps", "seed", "solver", "guidance_scale")}
     for name, value in {**now, "runtime": model.runtime, "features": ruler.digest, **origin}.items():
         if score.get(name) != value:
             then = score.get(name)

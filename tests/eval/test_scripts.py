@@ -64,6 +64,8 @@ def test_grid_labels_rows_with_recorded_scores(teacher_folder, student_folder, t
     model = load_model(student_folder)
     assert recorded_fid(model, GridConfig(models=["x"], num_steps=2).drawing) == "FID 7.50 (2,000)"
     assert recorded_fid(model, GridConfig(models=["x"], num_steps=5).drawing) == "", "of another sampler"
+    guided = GridConfig(models=["x"], num_steps=2, guidance_scale=2.0, null_class=0)
+    assert recorded_fid(model, guided.drawing) == "", "of other guidance"
     picture = matplotlib.image.imread(output)
     assert picture[..., :3].std() > 0.05
 
