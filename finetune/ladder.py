@@ -221,9 +221,14 @@ def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
     )
 
 
+def _origin(model: Model) -> dict[str, Any]:
+    """What decides the model's images beside the sampler: what is kept of others is not mixed with new ones."""
+    return {"weights": model.weights_digest(), "scheduler": model.schedule.fields, "noise": STREAM}
+
+
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
     """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
-    path, origin = folder / IMAGES, {"weights": model.weights_digest(), "noise": STREAM}
+    path, origin = folder / IMAGES, _origin(model)
     if not path.exists():
         images, seconds = draw(model, drawing)
         content = io.BytesIO()
@@ -238,7 +243,7 @@ def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tens
 
 def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor, ruler: Ruler) -> dict[str, Any]:
     """The model's score against the teacher's images `reference`, measured once and kept in `folder`."""
-    path, origin = folder / "metrics.json", {"weights": model.weights_digest(), "noise": STREAM}
+    path, origin = folder / "metrics.json", _origin(model)
     if not path.exists():
         images, seconds = _images(folder, model, drawing)
         score = dataclasses.asdict(score_images(model, images, seconds, reference, drawing, ruler))

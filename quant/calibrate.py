@@ -79,7 +79,7 @@ def _checked(model: QuantizedUNet, states: Mapping[Any, Tensor], conditions: dic
 def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
     quantizers = [layer.act_quantizer for _, layer in model.layers()]
     per_step, search = model.quant_config.per_step, model.quant_config.search
-    count = VALUES if per_step else math.ceil(VALUES / len(states))
+    count = VALUES if per_step else max(math.ceil(VALUES / len(states)), 3)
     of_all_steps: dict[Any, Tensor] = {}
     if not per_step:  # in place from the start: small tensors that stay between large ones keep the memory of these
         of_all_steps = {quantizer: quantizer.scale.new_empty(len(states), count) for quantizer in quantizers}

@@ -118,6 +118,18 @@ def test_every_rung_is_a_configuration_of_its_own(tmp_path):
     assert evaluations == {base.distill.batch_size * base.distill.rollout_steps}
 
 
+def test_images_of_another_scheduler_are_refused(config_path, tmp_path, capsys):
+    arguments = ["--config", str(config_path), "--rungs", '["ptq"]']
+    run_command("prog", climb, LadderConfig, arguments)
+    shutil.rmtree(tmp_path / "ladder" / "ptq")
+    path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"linear"', '"scaled_linear"'))
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", climb, LadderConfig, arguments)
+    assert caught.value.code == 2
+    assert "teacher/images.pt was drawn with scheduler = " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
