@@ -41,6 +41,8 @@ class SamplerConfig:
     """Denoising steps, at most the training timesteps of the model's schedule, and spaced as its scheduler says."""
     eta: float = 0.0
     """DDIM's η (arXiv 2010.02502, eq. 16): 0 is deterministic, 1 adds as much noise as DDPM. "ddim" only."""
+    eps_scale: float | None = None
+    """What the model's ε is multiplied with before each step (arXiv 2308.15321). None: as its scheduler says."""
     labels: tuple[int, ...] = ()
     """Of a class-conditional model: the classes in turn, image i gets that of number seed + i. Empty: all of them."""
     guidance_scale: float = 1.0
@@ -53,6 +55,8 @@ class SamplerConfig:
             raise ValueError(f'solver must be "ddim" or "dpm++", not "{self.solver}"')
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {self.num_steps}")
+        if self.eps_scale is not None and not 0 < self.eps_scale < float("inf"):
+            raise ValueError(f"eps_scale must be a positive number, not {self.eps_scale}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {self.eta}")
         if self.eta and self.solver != "ddim":
@@ -102,7 +106,7 @@ class Solver:
     """A linear solver: every step is x' = a·x + b·x0 + c·x0_prev + s·z.
 
     x0 = (u·x − v·y) / w, clipped as the schedule says, is what the denoiser's answer y implies: (x − σ_t·ε) / α_t for
-    an ε. x0_prev is the same of the step before, z fresh noise. DDIM (with the clipped model output, at any η) and
+    an ε, which is multiplied by `eps_scale` first. x0_prev is the same of the step before, z fresh noise. DDIM (with the clipped model output, at any η) and
     DPM-Solver++ (2M) are of this form, and samples of one batch may stand at different steps, which no scheduler of
     diffusers allows.
 
@@ -113,6 +117,7 @@ class Solver:
     Attributes:
         config, schedule: what it was made from; by default the house's schedule.
         timesteps: long (T,), the training timestep of each step, falling.
+        eps_scale: the config's, or else the schedule's.
         coefficients: float (T, 4), the rows (a, b, c, s).
         is_stochastic: whether any step adds noise.
 
@@ -131,9 +136,12 @@ class Solver:
             alphas_cumprod[-1] = 2.0**-24  # as in diffusers: λ must be finite
         if self.schedule.prediction_type == "epsilon" and not alphas_cumprod[t].all():
             raise InputError(f"at timestep {t[0]} no signal is left, and ε says nothing of x0: v_prediction does")
+        self.eps_scale = self.schedule.eps_scale if config.eps_scale is None else config.eps_scale
+        if self.eps_scale != 1 and self.schedule.prediction_type != "epsilon":
+            raise InputError(f"eps_scale is a factor on ε, and the model answers {self.schedule.prediction_type}")
         alpha, sigma = np.sqrt(alphas_cumprod[t]), np.sqrt(1 - alphas_cumprod[t])
         one, zero = np.ones_like(alpha), np.zeros_like(alpha)
-        rows = {"epsilon": (one, sigma, alpha), "v_prediction": (alpha, sigma, one), "sample": (zero, -one, one)}
+        rows = {"epsilon": (one, self.eps_scale * sigma, alpha), "v_prediction": (alpha, sigma, one), "sample": (zero, -one, one)}
         self._to_x0 = _to_tensor(np.stack(rows[self.schedule.prediction_type], axis=1))
         self._clip_range = self.schedule.clip_range(config.solver)
         self._alpha, self._sigma = _to_tensor(alpha), _to_tensor(sigma)

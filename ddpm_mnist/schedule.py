@@ -8,13 +8,14 @@ import numpy as np
 
 from ddpm_mnist import InputError
 from ddpm_mnist.exact import Array, cosine
-from ddpm_mnist.unet import make_ddim_scheduler
+from ddpm_mnist.scheduler import EpsilonScalingScheduler
+from ddpm_mnist.unet import make_sampling_scheduler
 
 # The schedulers of diffusers for that noise schedule; those of other processes (VE, EDM, flows) say something else.
 CLASSES = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler", "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", EpsilonScalingScheduler.__name__,
 )  # fmt: skip
 
 # Fields that say what the network was trained for and how its x0 is clipped, and fields of the solver that another
@@ -30,7 +31,7 @@ OF_OTHER_SOLVERS = {
     "time_shift_type", "tensor_format",
 }  # fmt: skip
 # Fields that are numbers, with the least that they may be.
-NUMBERS = {"beta_start": 0, "beta_end": 0, "steps_offset": 0, "clip_sample_range": 1e-6}
+NUMBERS = {"beta_start": 0, "beta_end": 0, "steps_offset": 0, "clip_sample_range": 1e-6, "eps_scale": 1e-6}
 # Fields that change the process itself, with the values that are supported.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -71,6 +72,11 @@ class Schedule:
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def eps_scale(self) -> float:
+        """What ε is multiplied with in sampling: see `EpsilonScalingScheduler`."""
+        return float(self.fields.get("eps_scale", 1.0))
+
     def clip_range(self, solver: str) -> float | None:
         """The largest |x0| that sampling lets through, or None. A file that is silent: what diffusers' solver does."""
         if self.fields.get("thresholding"):
@@ -101,7 +107,8 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         if key in SUPPORTED and value not in SUPPORTED[key]:
             values = ", ".join(map(str, SUPPORTED[key]))
             raise InputError(f"its scheduler has {key} = {value}, which is not supported, only {values}")
-        if key not in HONOURED | OF_OTHER_SOLVERS | SUPPORTED.keys():
+        known = HONOURED | OF_OTHER_SOLVERS | SUPPORTED.keys()
+        if key not in known and not (key == "eps_scale" and name == EpsilonScalingScheduler.__name__):
             raise InputError(f"its scheduler has {key} = {value}, which is not known here")
     if fields.get("thresholding") and (
         fields.get("dynamic_thresholding_ratio", 0.995) != 1 or fields.get("sample_max_value", 1.0) != 1
@@ -122,7 +129,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def house_schedule() -> Schedule:
     """That of the teachers that are trained here: DDPM's, for ε, sampled from its last timestep down, x0 clipped."""
-    return read_schedule({"_class_name": "DDIMScheduler", **make_ddim_scheduler().config})
+    return read_schedule({"_class_name": EpsilonScalingScheduler.__name__, **make_sampling_scheduler().config})
 
 
 def _alphas_cumprod(fields: Mapping[str, Any]) -> Array:

@@ -111,7 +111,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     """Train the teacher of `config` on its images, or go on where its folder left off.
 
     Writes config.yaml, log.jsonl, samples/*.png, state/, and at the end a folder of diffusers'
-    `DDIMPipeline`: model_index.json, unet/ and scheduler/.
+    `DDPMPipeline`: model_index.json, unet/ and scheduler/.
 
     Raises:
         InputError: the images cannot be had, are too few, or do not fit the network; or the folder belongs to another

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_mnist import InputError
+from ddpm_mnist.scheduler import EpsilonScalingScheduler
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -72,14 +73,15 @@ def make_noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
 
 
-def make_ddim_scheduler() -> DDIMScheduler:
-    """DDIM over that forward process, its steps spaced from the last timestep down ("trailing"), x0 clipped."""
-    return DDIMScheduler.from_config(make_noise_schedule().config, timestep_spacing="trailing", clip_sample=True)
+def make_sampling_scheduler(eps_scale: float = 1.0) -> EpsilonScalingScheduler:
+    """DPM-Solver++ over that forward process, steps from the last timestep down ("trailing"), x0 clipped to [-1, 1]."""
+    options = {"dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0, "timestep_spacing": "trailing"}
+    return EpsilonScalingScheduler(eps_scale, beta_schedule="linear", thresholding=True, **options)
 
 
-def save_teacher(unet: UNet2DModel, folder: Path) -> None:
-    """Write a folder for `DDIMPipeline.from_pretrained`: model_index.json, unet/ and scheduler/."""
-    DDIMPipeline(unet=unet, scheduler=make_ddim_scheduler()).save_pretrained(folder)
+def save_teacher(unet: UNet2DModel, folder: Path, eps_scale: float = 1.0) -> None:
+    """Write a folder for `DDPMPipeline.from_pretrained`: model_index.json, unet/ and scheduler/."""
+    DDPMPipeline(unet=unet, scheduler=make_sampling_scheduler(eps_scale)).save_pretrained(folder)
 
 
 def load_teacher(folder: Path = PRETRAINED) -> UNet2DModel:
