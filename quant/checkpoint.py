@@ -13,13 +13,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from quant.functional import code_range
 from quant.packing import pack, unpack
 
 FORMAT = 2
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, int], config: dict[str, Any]) -> None:
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, float], config: dict[str, Any]) -> None:
     """Write `tensors` and `config` into `folder`.
 
     Args:
@@ -29,7 +30,10 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, i
     folder.mkdir(parents=True, exist_ok=True)
     packed = {name: pack(x, bits[name]) if name in bits else x.cpu().contiguous() for name, x in tensors.items()}
     weights = save_tensors(packed)
-    codes = {name: {"bits": width, "shape": list(tensors[name].shape)} for name, width in bits.items()}
+    codes = {
+        name: {"bits": width, "step": code_range(width, signed=True).step, "shape": list(tensors[name].shape)}
+        for name, width in bits.items()
+    }
     content = {"format": FORMAT, **config, "codes": codes}
     content["sha256"] = _digest(content, weights)
     beside = folder / ".partial"  # a file is whole or not there
@@ -43,7 +47,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, codes unpacked to int8, and the configuration that `write_checkpoint` wrote.
 
     Raises:
-        ValueError: a file is truncated, altered, or of another format than this version reads.
+        ValueError: a file is truncated, altered, or of another format or other codes than this version reads.
     """
     config = json.loads((folder / CONFIG).read_text())
     if config.get("format") != FORMAT:
@@ -53,6 +57,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{WEIGHTS} or {CONFIG} is truncated or altered: their SHA-256 is not the one that was saved")
     tensors = load_tensors(weights)
     for name, code in config["codes"].items():
+        step = code.get("step", 1)  # not in older files, which have no mid-rise codes
+        if step != code_range(code["bits"], signed=True).step:
+            raise ValueError(f"{name}: this version reads no codes of {code['bits']} bits that are {step} apart")
         tensors[name] = unpack(tensors[name], code["bits"], code["shape"])
     return tensors, config
 

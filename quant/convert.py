@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quant.checkpoint import read_checkpoint, write_checkpoint
+from quant.functional import check_bits
 from quant.integer.program import refuse_unsupported
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
 from quant.quantizers import SMALLEST, Clock
@@ -38,8 +39,9 @@ SKIPPED_TO = (UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D, CrossAttnUpBlock2
 
 @dataclass
 class QuantConfig:
-    weight_bits: int = 4
-    """Bits of every weight, 2…8, but for the layers of `edge_bits`."""
+    weight_bits: int | float = 4
+    """Bits of every weight but for the layers of `edge_bits`: 2…8, 1.58 (-1, 0 and 1 times a step size) or 1 (plus or
+    minus a step size)."""
     act_bits: int = 4
     """Bits of the input of every convolution and linear layer, 2…8, but for the layers of `edge_bits`."""
     edge_bits: int = 8
@@ -61,8 +63,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits", "edge_bits"):
-            if not isinstance(getattr(self, name), int) or not 2 <= getattr(self, name) <= 8:
-                raise ValueError(f"{name} must lie in 2…8, not {getattr(self, name)}")
+            check_bits(name, getattr(self, name), signed=name == "weight_bits")
         if self.search not in ("error", "min-max"):
             raise ValueError(f'search must be "error" or "min-max", not "{self.search}"')
         if not isinstance(self.rank, int) or self.rank < 1:

@@ -4,6 +4,11 @@ A tensor is represented by integer codes q in [qmin, qmax], a step size s and an
 
     q = clamp(round(x / s) + z, qmin, qmax)        x̂ = (q − z) · s
 
+Mid-rise codes are the odd numbers alone: no level is spent on zero, and as many lie below it as above. Levels are 2·s
+apart, and z is 0:
+
+    q = clamp(2·⌊x / (2·s)⌋ + 1, qmin, qmax)       x̂ = q · s
+
 Step sizes and zero points carry one value per slice of dimension 0: for a weight that is the output channel,
 for an activation the sample, whose timestep decides them.
 """
@@ -13,12 +18,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The width of three codes: log2(3), as it is written everywhere.
+TERNARY = 1.58
 
-def code_range(bits: int, signed: bool) -> tuple[int, int]:
-    """The smallest and the largest code: [−2^(b−1), 2^(b−1) − 1] if `signed`, else [0, 2^b − 1]."""
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must lie in 2…8, not {bits}")
-    return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+# Which widths of signed codes are mid-rise. Of two bits they would be −3, −1, 1, 3 instead of −2, −1, 0, 1.
+MID_RISE = {1}
+
+
+def check_bits(name: str, bits: float, signed: bool) -> None:
+    """ValueError that says `name` unless codes have such a width: an integer in 2…8, or `signed` also 1 or 1.58."""
+    if not (type(bits) is int and (1 if signed else 2) <= bits <= 8) and not (signed and bits == TERNARY):
+        raise ValueError(f"{name} must {'be 1, 1.58 or ' if signed else ''}lie in 2…8, not {bits}")
+
+
+def code_range(bits: float, signed: bool) -> range:
+    """The codes of a width b, in order.
+
+    ================ ======== =====================================
+    unsigned         2…8      0, 1, …, 2^b − 1
+    signed           2…8      −2^(b−1), …, −1, 0, 1, …, 2^(b−1) − 1
+    signed, ternary  1.58     −1, 0, 1
+    signed, mid-rise MID_RISE −(2^b − 1), …, −1, 1, …, 2^b − 1
+    ================ ======== =====================================
+    """
+    check_bits("bits", bits, signed)
+    if bits == TERNARY:
+        return range(-1, 2)
+    count = 1 << int(bits)
+    if not signed:
+        return range(count)
+    return range(1 - count, count, 2) if bits in MID_RISE else range(-count // 2, count // 2)
 
 
 def round_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -26,20 +55,23 @@ def round_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     return zero_point.round().clamp(qmin, qmax)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: range) -> Tensor:
     """The codes of x, as floats.
 
     Args:
         x: float (C, …).
         scale: float, positive, broadcastable to x.
-        zero_point: float with integer values, broadcastable to x.
+        zero_point: float with integer values, broadcastable to x; zeros where codes are mid-rise.
+        codes: those that there are, of `code_range`.
     """
-    return _round(x, scale, zero_point).clamp_(qmin, qmax)
+    return _round(x, scale, zero_point, codes).clamp_(codes[0], codes[-1])
 
 
-def _round(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The codes of x without their range: the one place where a number is rounded to a code."""
-    return (x * scale.reciprocal()).round_().add_(zero_point)
+def _round(x: Tensor, scale: Tensor, zero_point: Tensor, codes: range) -> Tensor:
+    """The codes of x without their bounds: the one place where a number is rounded to a code."""
+    steps = x * scale.reciprocal()
+    rounded = steps.round_() if codes.step == 1 else steps.mul_(0.5).floor_().mul_(2).add_(1)
+    return rounded.add_(zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -52,21 +84,22 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        z = round_zero_point(zero_point, qmin, qmax)
-        y = quantize(x, scale, z, qmin, qmax).sub_(z).mul_(scale)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, codes: range) -> Tensor:
+        z = round_zero_point(zero_point, codes[0], codes[-1])
+        y = quantize(x, scale, z, codes).sub_(z).mul_(scale)
         ctx.save_for_backward(x, y, scale, z)
-        ctx.bounds = qmin - 0.5, qmax + 0.5
+        ctx.codes = codes
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, z = ctx.saved_tensors
-        unclamped = _round(x, scale, z)
+        unclamped = _round(x, scale, z, ctx.codes)
+        bounds = ctx.codes[0] - 0.5, ctx.codes[-1] + 0.5  # no integer lies on these
 
         def masked(tensor: Tensor) -> Tensor:
-            # m·tensor in one pass; no integer lies on these bounds. Boolean masks cost three times as much.
-            return torch.ops.aten.hardtanh_backward(tensor, unclamped, *ctx.bounds)
+            # m·tensor in one pass. Boolean masks cost three times as much.
+            return torch.ops.aten.hardtanh_backward(tensor, unclamped, *bounds)
 
         grad_x = masked(grad)
         grad_scale = grad_zero = None
@@ -75,24 +108,25 @@ class _FakeQuantize(torch.autograd.Function):
             grad_scale = slope.flatten(1).sum(1).view_as(scale) / -scale
         if ctx.needs_input_grad[2]:
             grad_zero = (grad_x - grad).flatten(1).sum(1).view_as(scale) * scale
-        return grad_x, grad_scale, grad_zero, None, None
+        return grad_x, grad_scale, grad_zero, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: range) -> Tensor:
     """Quantize and dequantize: x̂ of this module's docstring, with the straight-through gradients of LSQ.
 
     The gradients are those of `torch._fake_quantize_learnable_per_channel_affine` with axis 0 and grad_factor 1:
     to x they pass inside the range; the step size gets (q − z) − x/s inside and q − z outside; the zero point
-    gets −s outside.
+    gets −s outside. Mid-rise is that operator at x − s with steps of 2·s, plus s.
 
     Args:
         x: float (C, …).
         scale: float (C,), positive.
-        zero_point: float (C,); used rounded and clamped to the range, the gradient goes straight through both.
-        qmin, qmax: the range of codes.
+        zero_point: float (C,); used rounded and clamped to the range, the gradient goes straight through both. Zeros
+            where codes are mid-rise.
+        codes: those that there are, of `code_range`.
 
     Returns:
         float, the shape of x.
     """
     shape = (-1,) + (1,) * (x.dim() - 1)
-    return _FakeQuantize.apply(x, scale.view(shape), zero_point.view(shape), qmin, qmax)
+    return _FakeQuantize.apply(x, scale.view(shape), zero_point.view(shape), codes)

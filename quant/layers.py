@@ -32,7 +32,7 @@ class QuantLayer(nn.Module):
     def __init__(
         self,
         layer: nn.Conv2d | nn.Linear,
-        weight_bits: int,
+        weight_bits: float,
         act_bits: int,
         rank: int,
         clock: Clock,

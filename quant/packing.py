@@ -1,11 +1,17 @@
-"""Integer codes of 2 to 8 bits ↔ dense bytes.
+"""Integer codes of weights ↔ dense bytes.
 
-Codes follow each other without gaps, least significant bit first; a code may cross the border of a byte, and only
-the last byte is padded, with zeros. Three-bit codes a, b, c, …, each stored as code − qmin:
+Codes are numbered from the smallest, which is 0. The numbers follow each other without gaps, least significant bit
+first; one may cross the border of a byte, and only the last byte is padded, with zeros. Three-bit codes a, b, c, …:
 
     byte 0                    byte 1                    byte 2
     bit 7 6 5 4 3 2 1 0       7 6 5 4 3 2 1 0           7 6 5 4 3 2 1 0
         c c b b b a a a       f e e e d d d c           h h h g g g f f
+
+Ternary codes would waste a quarter of two bits: five of them, a to e, make a byte of 3⁵ = 243 values instead, 1.6 bits
+each,
+
+    byte 0                              byte 1
+    a + 3·b + 9·c + 27·d + 81·e         f + 3·g + 9·h + 27·i + 81·j
 """
 
 import math
@@ -15,39 +21,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.functional import code_range
+from quant.functional import TERNARY, code_range
+
+PLACES = np.array([1, 3, 9, 27, 81], np.uint8)  # what the ternary codes of a byte count
 
 
-def packed_size(bits: int, count: int) -> int:
+def packed_size(bits: float, count: int) -> int:
     """Bytes that `count` codes take."""
-    return math.ceil(count * bits / 8)
+    return math.ceil(count / len(PLACES)) if bits == TERNARY else math.ceil(count * bits / 8)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: float) -> Tensor:
     """Signed codes, int8 of any shape, to bytes, uint8 (packed_size(bits, codes.numel()),).
 
     Raises:
-        ValueError: a code does not fit into `bits`.
+        ValueError: one of them is no code of `bits`.
     """
-    qmin, qmax = code_range(bits, signed=True)
-    flat = codes.flatten().cpu().numpy()
-    if flat.size and not qmin <= flat.min() <= flat.max() <= qmax:
-        raise ValueError(f"codes of {bits} bits lie in {qmin}…{qmax}, not in {flat.min()}…{flat.max()}")
-    unsigned = (flat.astype(np.int16) - qmin).astype(np.uint8)
-    stream = np.unpackbits(unsigned[:, None], axis=1, count=bits, bitorder="little")
+    known, flat = code_range(bits, signed=True), codes.flatten().cpu().numpy()
+    for code in set(np.unique(flat).tolist()) - set(known):
+        kind = "are odd and lie" if known.step == 2 else "lie"
+        raise ValueError(f"codes of {bits} bits {kind} in {known[0]}…{known[-1]}, not at {code}")
+    numbers = ((flat.astype(np.int16) - known[0]) // known.step).astype(np.uint8)
+    if bits == TERNARY:
+        digits = np.zeros((packed_size(bits, len(numbers)), len(PLACES)), np.uint8)
+        digits.flat[: len(numbers)] = numbers
+        return torch.from_numpy(digits @ PLACES)
+    stream = np.unpackbits(numbers[:, None], axis=1, count=int(bits), bitorder="little")
     return torch.from_numpy(np.packbits(stream, bitorder="little"))
 
 
-def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+def unpack(packed: Tensor, bits: float, shape: Sequence[int]) -> Tensor:
     """The codes int8 of `shape` that `pack` made into `packed`.
 
     Raises:
-        ValueError: `packed` has not the size that the codes take.
+        ValueError: `packed` has not the size that the codes take, or a byte that no codes make.
     """
-    count = math.prod(shape)
+    known, count = code_range(bits, signed=True), math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (packed_size(bits, count),):
         found = f"{packed.dtype} {tuple(packed.shape)}"
         raise ValueError(f"{count} codes of {bits} bits take uint8 ({packed_size(bits, count)},), not {found}")
-    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    unsigned = np.packbits(stream, axis=1, bitorder="little").reshape(shape)
-    return torch.from_numpy((unsigned.astype(np.int16) + code_range(bits, signed=True)[0]).astype(np.int8))
+    data = packed.cpu().numpy()
+    if bits == TERNARY:
+        if (data >= 3 ** len(PLACES)).any():
+            raise ValueError(f"bytes of codes of {bits} bits are at most {3 ** len(PLACES) - 1}, not {data.max()}")
+        numbers = (data[:, None] // PLACES % 3).flatten()[:count]
+    else:
+        stream = np.unpackbits(data, count=count * int(bits), bitorder="little").reshape(count, int(bits))
+        numbers = np.packbits(stream, axis=1, bitorder="little")
+    signed = numbers.reshape(shape).astype(np.int16) * known.step + known[0]
+    return torch.from_numpy(signed.astype(np.int8))

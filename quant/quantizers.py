@@ -12,6 +12,8 @@ from quant.functional import code_range, fake_quantize, quantize
 
 # Fractions of the min-max range that the searches for an initial step size try: weights are few and get more.
 WEIGHT_FRACTIONS = torch.linspace(0.2, 1.1, 181)
+# Codes that are symmetric, ternary and mid-rise, are so few that the best step size may be a twentieth of the range.
+SYMMETRIC_FRACTIONS = torch.linspace(0.02, 1.1, 217)
 RANGE_FRACTIONS = torch.linspace(0.2, 1.1, 37)
 # Fractions of the negative part of a range that it keeps: SiLU's shallow tail is often better given up.
 TAIL_FRACTIONS = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -94,19 +96,20 @@ def as_number(t: Any) -> int | float:
 
 
 class WeightQuantizer(nn.Module):
-    """Signed symmetric codes with one learned step size per output channel (LSQ, arXiv 1902.08153).
+    """Signed codes around zero with one learned step size per output channel (LSQ, arXiv 1902.08153).
 
     Args:
-        bits: 2…8.
+        bits: 1, 1.58 or 2…8; the codes are those of `code_range`.
         channels: output channels, the size of dimension 0 of the weight.
     """
 
     zero_point: Tensor
 
-    def __init__(self, bits: int, channels: int):
+    def __init__(self, bits: float, channels: int):
         super().__init__()
         self.bits = bits
-        self.qmin, self.qmax = code_range(bits, signed=True)
+        self.codes = code_range(bits, signed=True)
+        self.qmin, self.qmax = self.codes[0], self.codes[-1]
         self.scale = nn.Parameter(torch.ones(channels))
         self.register_buffer("zero_point", torch.zeros(channels), persistent=False)
 
@@ -118,17 +121,16 @@ class WeightQuantizer(nn.Module):
         if search == "min-max":
             self.scale.copy_(rows.abs().amax(1).clamp(min=SMALLEST) / self.qmax)
             return
-        scales = WEIGHT_FRACTIONS.to(rows)[:, None] * widest
-        scale, _ = _least_error(rows, scales, torch.zeros_like(scales), self.qmin, self.qmax)
-        self.scale.copy_(scale)
+        fractions = SYMMETRIC_FRACTIONS if self.qmax == -self.qmin else WEIGHT_FRACTIONS
+        self.scale.copy_(_least_error(rows, fractions.to(rows)[:, None] * widest, self.codes))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.scale, self.zero_point, self.qmin, self.qmax)
+        return fake_quantize(weight, self.scale, self.zero_point, self.codes)
 
     def quantize(self, weight: Tensor) -> Tensor:
         """The codes int8 of `weight` (c_out, …)."""
         scale, zero_point = self._rows(weight, self.scale), self._rows(weight, self.zero_point)
-        return quantize(weight, scale, zero_point, self.qmin, self.qmax).to(torch.int8)
+        return quantize(weight, scale, zero_point, self.codes).to(torch.int8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The weight that `codes` (c_out, …) stand for, bit for bit what `forward` gives."""
@@ -153,7 +155,8 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.bits = bits
         self.clock = clock
-        self.qmin, self.qmax = code_range(bits, signed=False)
+        self.codes = code_range(bits, signed=False)
+        self.qmin, self.qmax = self.codes[0], self.codes[-1]
         count = len(clock.timesteps) if per_step else 1
         self.scale = nn.Parameter(torch.ones(count))
         self.zero_point = nn.Parameter(torch.zeros(count))
@@ -170,7 +173,7 @@ class ActivationQuantizer(nn.Module):
         best = values.new_tensor(math.inf)
         for tail in TAIL_FRACTIONS.to(values):
             zeros = (-low * tail / scales).round().clamp(self.qmin, self.qmax)
-            rounded = fake_quantize(values.expand(len(scales), -1), scales, zeros, self.qmin, self.qmax)
+            rounded = fake_quantize(values.expand(len(scales), -1), scales, zeros, self.codes)
             error, at = (rounded - values).square().sum(1).min(0)
             if error < best:
                 best, self.scale[row], self.zero_point[row] = error, scales[at], zeros[at]
@@ -180,14 +183,11 @@ class ActivationQuantizer(nn.Module):
         return self.clock.read(self.scale), self.clock.read(self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, *self.read(), self.qmin, self.qmax)
+        return fake_quantize(x, *self.read(), self.codes)
 
 
-def _least_error(rows: Tensor, scales: Tensor, zeros: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """Of K candidates `scales` and `zeros` (K, R), those with the least squared error on `rows` (R, M), each (R,)."""
-    errors = [
-        (fake_quantize(rows, scale, zero, qmin, qmax) - rows).square().sum(1)
-        for scale, zero in zip(scales, zeros, strict=True)
-    ]
-    best = torch.stack(errors).argmin(0, keepdim=True)
-    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
+def _least_error(rows: Tensor, scales: Tensor, codes: range) -> Tensor:
+    """Of K candidates `scales` (K, R) those with the least squared error on `rows` (R, M), (R,)."""
+    zero = torch.zeros_like(scales[0])
+    errors = [(fake_quantize(rows, scale, zero, codes) - rows).square().sum(1) for scale in scales]
+    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]

@@ -22,7 +22,7 @@ class LayerSummary:
     name: str
     kind: str
     """"conv", "linear" or "attention products"."""
-    weight_bits: int
+    weight_bits: float
     act_bits: int
     parameters: int
     """Weights and biases, adapters not counted: they are merged in the end."""

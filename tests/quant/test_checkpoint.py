@@ -1,11 +1,12 @@
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
+from quant import QuantConfig, QuantizedUNet, calibrate, freeze, functional, quantize
 from quant.checkpoint import _digest
 
 
@@ -15,9 +16,13 @@ def folder(student, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_a_student_comes_back_bit_for_bit_in_its_real_bits(unet, solver, buffer, tmp_path, bits):
-    student = quantize(unet, QuantConfig(bits, bits, rank=2), solver.timesteps.tolist())
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits"),
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 4), (2, 3), (3, 3), (4, 4), (5, 5), (8, 8)],
+    indirect=["weight_bits"],
+)
+def test_a_student_comes_back_bit_for_bit_in_its_real_bits(unet, solver, buffer, tmp_path, weight_bits, act_bits):
+    student = quantize(unet, QuantConfig(weight_bits, act_bits, rank=2), solver.timesteps.tolist())
     calibrate(student, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
     nn.init.normal_(next(student.layers())[1].lora_b)
     frozen = freeze(student)
@@ -28,8 +33,10 @@ def test_a_student_comes_back_bit_for_bit_in_its_real_bits(unet, solver, buffer,
         assert torch.equal(loaded(x, t).sample, frozen(x, t).sample)
     saved = load_file(tmp_path / "model.safetensors")
     for name, layer in frozen.layers():
-        width = layer.weight_quantizer.bits
-        assert saved[f"{name}.codes"].numel() == (layer.codes.numel() * width + 7) // 8, name
+        width = {1.58: 1.6}.get(layer.weight_quantizer.bits, layer.weight_quantizer.bits)
+        assert saved[f"{name}.codes"].numel() == math.ceil(layer.codes.numel() * width / 8), name
+        assert set(layer.codes.unique().tolist()) <= set(layer.weight_quantizer.codes), name
+    assert loaded.quant_config == student.quant_config
     assert not any("lora" in name or name.endswith("conv1.weight") for name in saved)
 
 
@@ -98,6 +105,25 @@ def test_files_that_do_not_fit_each_other_are_refused(folder, change, message):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         QuantizedUNet.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("step", [None, 1])
+def test_codes_that_are_not_mid_rise_are_not_read_as_if_they_were(unet, solver, tmp_path, monkeypatch, step):
+    """Nor does it matter whether the file says so: older ones do not."""
+    student = quantize(unet, QuantConfig(2, rank=2), solver.timesteps.tolist())
+    student.unet.conv_in.act_quantizer.scale.data.fill_(0.1)
+    freeze(student).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for code in config["codes"].values():
+        assert code.pop("step") == 1
+        code |= {} if step is None else {"step": step}
+    config["sha256"] = _digest(config, (tmp_path / "model.safetensors").read_bytes())
+    path.write_text(json.dumps(config))
+    QuantizedUNet.from_pretrained(tmp_path)
+    monkeypatch.setattr(functional, "MID_RISE", {1, 2})
+    with pytest.raises(ValueError, match=r"\.codes: this version reads no codes of 2 bits that are 1 apart"):
+        QuantizedUNet.from_pretrained(tmp_path)
 
 
 def test_a_dead_input_keeps_a_step_size_that_half_precision_holds(student, buffer):

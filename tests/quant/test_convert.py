@@ -1,3 +1,4 @@
+import jsonargparse
 import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
@@ -112,11 +113,58 @@ def test_what_cannot_be_quantized_is_refused():
         quantize(nn.Sequential(), QuantConfig(), [9])
 
 
-@pytest.mark.parametrize("field", ["weight_bits", "act_bits", "edge_bits"])
-@pytest.mark.parametrize("bits", [1, 40])
+@pytest.mark.parametrize("field", ["act_bits", "edge_bits"])
+@pytest.mark.parametrize("bits", [1, 1.58, 4.0, True, 40])
 def test_bits_outside_2_to_8_are_refused_by_name(field, bits):
     with pytest.raises(ValueError, match=f"{field} must lie in 2…8, not {bits}"):
         QuantConfig(**{field: bits})
+
+
+@pytest.mark.parametrize("bits", [0, 1.0, 1.6, 4.0, True, 40, "1.58"])
+def test_bits_that_no_weights_have_are_refused(bits):
+    with pytest.raises(ValueError, match=rf"weight_bits must be 1, 1\.58 or lie in 2…8, not {bits}"):
+        QuantConfig(weight_bits=bits)
+
+
+@pytest.mark.parametrize(("word", "bits"), [("1", 1), ("1.58", 1.58), ("2", 2)])
+def test_bits_are_read_as_they_are_written(word, bits):
+    config = jsonargparse.auto_cli(QuantConfig, args=["--weight_bits", word])
+    assert config.weight_bits == bits
+    assert type(config.weight_bits) is type(bits)
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits", "name"),
+    [(1, 4, "W1A4"), (1, 2, "W1A2"), (1.58, 2, "W1.58A2"), ("2 mid-rise", 2, "W2A2"), (2, 3, "W2A3")],
+    indirect=["weight_bits"],
+)
+def test_few_bits_are_named_in_the_summary(unet, weight_bits, act_bits, name):
+    model = quantize(unet, QuantConfig(weight_bits, act_bits), [9])
+    assert set(shares(summarise(model, (1, 28, 28)))) == {name, "W8A8", "float"}
+    assert next(iter(shares(summarise(model, (1, 28, 28))))) == name, "in the order of their bits"
+
+
+@pytest.mark.parametrize("weight_bits", [1, 1.58, "2 mid-rise"], indirect=True)
+def test_a_student_of_few_bits_learns_to_be_closer_to_its_teacher(unet, weight_bits):
+    """All that is learned has a gradient, and 30 updates lower the error."""
+    torch.manual_seed(0)
+    x, t = torch.randn(8, 1, 28, 28), torch.tensor([700, 20] * 4)
+    model = quantize(unet, QuantConfig(weight_bits, 4), [700, 20])
+    calibrate(model, {700: x, 20: x})
+    target = unet(x, t).sample
+    groups = {key: [p for n, p in model.named_parameters() if key in n] for key in ("lora", "weight_quantizer")}
+    for parameter in (parameter for group in groups.values() for parameter in group):
+        parameter.requires_grad_()
+    optimizer = torch.optim.Adam([{"params": groups["lora"], "lr": 2e-3}, {"params": groups["weight_quantizer"]}], 1e-4)
+    losses = []
+    for _ in range(30):
+        loss = (model(x, t).sample - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(parameter.grad.abs().max() > 0 for group in groups.values() for parameter in group)
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_calibration_needs_the_clocks_timesteps(unet):

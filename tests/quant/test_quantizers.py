@@ -83,22 +83,49 @@ def test_a_clock_needs_different_timesteps(timesteps):
         Clock(timesteps)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_search_for_weights_finds_what_scipy_finds(bits):
+@pytest.mark.parametrize("weight_bits", [1, 1.58, 2, "2 mid-rise", 3, 4, 8], indirect=True)
+def test_the_search_for_weights_finds_what_scipy_finds(weight_bits):
     weight = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
-    quantizer = WeightQuantizer(bits, 3)
+    quantizer = WeightQuantizer(weight_bits, 3)
     quantizer.initialise(weight)
     searched = (quantizer(weight) - weight).square().sum(1).tolist()
 
     def error(scale, row):
-        codes = np.clip(np.rint(row / scale), quantizer.qmin, quantizer.qmax)
-        return np.square(codes * scale - row).sum()
+        levels = scale * np.array(quantizer.codes)
+        return np.abs(row[:, None] - levels).min(1).dot(np.abs(row[:, None] - levels).min(1))
 
     for row, ours in zip(weight.double().numpy(), searched, strict=True):
         bound = np.abs(row).max() / -quantizer.qmin
         grid = [(0.05 * bound, 1.2 * bound)]
         best = scipy.optimize.brute(lambda s, row=row: error(s[0], row), grid, Ns=2000, full_output=True)[1]
         assert best * 0.999 <= ours <= best * 1.03 < error(bound, row) * 1.03
+
+
+@pytest.mark.parametrize("fan_in", [9, 200, 4608])
+@pytest.mark.parametrize("outlier", [1, 10])
+def test_the_search_for_binary_weights_finds_their_mean_magnitude(fan_in, outlier):
+    """The optimum of XNOR-Net (arXiv 1603.05279, eq. 6), to half of the distance of two candidates."""
+    weight = torch.randn(5, fan_in, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] *= outlier
+    quantizer = WeightQuantizer(1, 5)
+    quantizer.initialise(weight)
+    magnitudes = weight.abs()
+    assert ((quantizer.scale - magnitudes.mean(1)).abs() <= 0.0026 * magnitudes.amax(1)).all()
+    assert torch.equal(quantizer(weight).sign(), weight.sign())
+
+
+@pytest.mark.parametrize("weight_bits", [1, 1.58, 2, "2 mid-rise", 4], indirect=True)
+@pytest.mark.parametrize("search", ["error", "min-max"])
+def test_codes_stand_for_what_training_saw(weight_bits, search):
+    weight = torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer(weight_bits, 3)
+    quantizer.initialise(weight, search)
+    codes = quantizer.quantize(weight)
+    assert codes.dtype == torch.int8
+    assert set(codes.unique().tolist()) <= set(quantizer.codes)
+    assert torch.equal(quantizer.dequantize(codes), quantizer(weight))
+    if search == "min-max":
+        torch.testing.assert_close(quantizer.scale * quantizer.qmax, weight.abs().amax((1, 2, 3)))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
