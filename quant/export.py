@@ -34,9 +34,10 @@ def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path:
     → eps                  float (N, C, H, W)
     ====================== =========================================================================================
 
-    A student's weights are codes behind a DequantizeLinear with an axis of channels; its activations pass
-    QuantizeLinear, Clip to their bits and DequantizeLinear, with the step size and zero point that the clock would
-    read at this timestep.
+    A student's weights are codes behind a DequantizeLinear with an axis of channels, of 8 bits whatever their width:
+    what ONNX has of 2 and 4 bits ONNX Runtime turns into floats before it multiplies. Activations pass QuantizeLinear,
+    Clip to their bits and DequantizeLinear, with the step size and zero point that the clock would read at this
+    timestep.
 
     The file is written beside `path` and renamed; weights beyond ONNX's 2 GB get a file `<path>.data` of their own.
 

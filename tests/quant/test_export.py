@@ -12,6 +12,7 @@ from diffusers import UNet1DModel, UNet2DConditionModel, UNet2DModel
 
 from quant import QuantConfig, freeze, quantize
 from quant.export import export_onnx
+from quant.functional import code_range
 
 ALL = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
 LEVELS = tuple(onnxruntime.GraphOptimizationLevel.__members__.values())
@@ -134,6 +135,25 @@ def test_8_bits_and_classes_at_every_level_of_optimization(w8a8):
 def test_4_bits_of_any_size_at_every_level_of_optimization(w4a4):
     _assert_equal(*w4a4, (500.0,), sizes=((8, 8), (6, 10), (16, 2)))
     _assert_equal(*w4a4, (500.0,), levels=[ALL], count=65)  # diffusers branches at 64 samples
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits"),
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 2), ("2 mid-rise", 8), (2, 3)],
+    indirect=["weight_bits"],
+)
+def test_few_bits_at_every_level_of_optimization(weight_bits, act_bits, tmp_path):
+    student = _student(_float(**FLAT), (weight_bits, act_bits), edge_bits=4)
+    path = tmp_path / "model.onnx"
+    export_onnx(student, path)
+    _assert_equal(student, path, TIMESTEPS[:2])
+    codes = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if "codes" in t.name}
+    layers = dict(student.layers())
+    assert len(codes) == len(layers)
+    for name, values in codes.items():
+        assert values.dtype == np.int8, name
+    used = {code for name, values in codes.items() if "resnets.0.conv1" in name for code in np.unique(values).tolist()}
+    assert used == set(code_range(weight_bits, signed=True))
 
 
 @pytest.mark.parametrize(("name", "timesteps"), [("w8a8", (5000, 901, 731, 0)), ("w4a4", (1701.0, 700.3, 100.3, -1.0))])

@@ -62,7 +62,7 @@ class Step:
     residual: int = -1
     factor: int = 1
     heads: int = 0
-    weight_bits: int = 8
+    weight_bits: float = 8
     act_bits: int = 8
     zero_point: float = 0.5
     """As a fraction of the largest code."""
@@ -126,8 +126,9 @@ class Case:
         conv = nn.Conv2d(channels, step.outside, step.kernel, step.stride, 0, step.dilation)
         layer = QuantConv2d(conv, step.weight_bits, step.act_bits, 1, Clock([0]))
         layer.freeze()
+        known = torch.tensor(layer.weight_quantizer.codes, dtype=torch.int8)
+        layer.codes.copy_(known[torch.randint(len(known), layer.codes.shape)])
         smallest, largest = layer.weight_quantizer.qmin, layer.weight_quantizer.qmax
-        layer.codes.random_(smallest, largest + 1)
         if step.extreme:
             layer.codes[0::3], layer.codes[1::3] = smallest, largest
             layer.codes[2::3, 0::2], layer.codes[2::3, 1::2] = smallest, largest
@@ -308,7 +309,8 @@ def cases(draw):
         step.residual = draw(st.sampled_from([-1, *(i for i, s in enumerate(shapes) if s[1:] == size)]))
         outside = st.integers(1, 40) | st.integers(1, 20).map(lambda n: 3 * n)
         step.outside = draw(outside) if step.residual < 0 else shapes[step.residual][0]
-        step.weight_bits, step.act_bits = draw(st.sampled_from([(8, 8), (4, 4)]) | st.tuples(*[st.integers(2, 8)] * 2))
+        widths = st.tuples(st.sampled_from([1, 1.58, *range(2, 9)]), st.integers(2, 8))
+        step.weight_bits, step.act_bits = draw(st.sampled_from([(8, 8), (4, 4), (1, 2)]) | widths)
         step.zero_point = draw(st.sampled_from([0, 0.1, 0.5, 1]))
         step.extreme = between(0, 3) == 0
         steps.append(step)
@@ -348,11 +350,30 @@ def test_random_programs_are_exact(example):
 
 # A fan-in of 576 and of 512 codes: 16 bits would not hold the sum of any of these widths.
 @pytest.mark.parametrize(("kernel", "inside"), [(3, 64), (1, 512)])
-@pytest.mark.parametrize("bits", [(2, 8), (4, 4), (4, 8), (5, 7), (7, 7), (8, 2), (8, 4), (8, 8)])
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits"),
+    [(1, 8), (1.58, 8), (2, 8), ("2 mid-rise", 8), (4, 4), (4, 8), (5, 7), (7, 7), (8, 2), (8, 4), (8, 8)],
+    indirect=["weight_bits"],
+)
 @pytest.mark.parametrize("zero_point", [0, 0.5, 1])
-def test_the_largest_codes_and_weights_do_not_saturate(isa, bits, kernel, inside, zero_point):
+def test_the_largest_codes_and_weights_do_not_saturate(isa, weight_bits, act_bits, kernel, inside, zero_point):
+    check_saturation(isa, weight_bits, act_bits, kernel, inside, zero_point)
+
+
+# A fan-in of 86,528 codes: 16 bits would not hold the sum of any of these widths, nor a half of them.
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits"),
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 2), ("2 mid-rise", 4), (2, 3)],
+    indirect=["weight_bits"],
+)
+def test_sums_of_few_bits_do_not_saturate(isa, weight_bits, act_bits):
+    check_saturation(isa, weight_bits, act_bits, kernel=13, inside=512, zero_point=0)
+
+
+def check_saturation(isa, weight_bits, act_bits, kernel, inside, zero_point):
+    """That weights at the ends of their range times the largest code are summed exactly."""
     border = (kernel // 2,) * 4
-    options = {"weight_bits": bits[0], "act_bits": bits[1], "zero_point": zero_point, "extreme": True}
+    options = {"weight_bits": weight_bits, "act_bits": act_bits, "zero_point": zero_point, "extreme": True}
     case = Case((inside, 5, 7), [Step(19, (kernel, kernel), padding=border, **options)])
     memory, (codes,) = case.run(available()[isa], torch.full((inside, 5, 7), 1e9))
     assert (codes == case.largest.item()).all()
@@ -370,12 +391,17 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits"),
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 4), (2, 3), (4, 4), (8, 8)],
+    indirect=["weight_bits"],
+)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize(("inside", "outside"), [(1, 16), (18, 37), (64, 1)])
-def test_products_of_codes_are_exact(isa, bits, geometry, inside, outside):
-    case = Case((inside, 7, 29), [Step(outside, weight_bits=bits, act_bits=bits, zero_point=0.3, **geometry)])
-    given = torch.randint(0, 2**bits, (inside, 7, 29))
+def test_products_of_codes_are_exact(isa, weight_bits, act_bits, geometry, inside, outside):
+    options = {"weight_bits": weight_bits, "act_bits": act_bits, "zero_point": 0.3, **geometry}
+    case = Case((inside, 7, 29), [Step(outside, **options)])
+    given = torch.randint(0, 2**act_bits, (inside, 7, 29))
     memory, (codes,) = case.run(available()[isa], (given - case.zero_points) * case.scales)
     assert np.array_equal(codes[:: case.steps[0].factor, :: case.steps[0].factor], rearrange(given, "c h w -> h w c"))
     assert torch.equal(case.state(memory, 1), exact_output(case, 0, memory, codes))

@@ -72,7 +72,8 @@ SMALL = {
         {"weight_bits": 6, "act_bits": 6},
         (4, 4),
     ),
-    # Lines without a layer: pools and enlarged shortcuts, centring, division; normalisations of the timestep.
+    # Ternary weights. Lines without a layer: pools and enlarged shortcuts, centring, division; normalisations of the
+    # timestep.
     "resampling in residual blocks": (
         {
             "block_out_channels": (8, 20),
@@ -86,7 +87,7 @@ SMALL = {
             "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
         },
         {},
-        {"weight_bits": 4, "act_bits": 4},
+        {"weight_bits": 1.58, "act_bits": 2},
         (6, 10),
     ),
     # Filters over the image and the states; images of 3 channels beside those of 32.
@@ -102,7 +103,7 @@ SMALL = {
         {"weight_bits": 4, "act_bits": 8},
         (6, 4),
     ),
-    # Filters with a mirror behind the border, the smallest images that have one.
+    # Binary weights. Filters with a mirror behind the border, the smallest images that have one.
     "k": (
         {
             "block_out_channels": (32, 32),
@@ -112,7 +113,7 @@ SMALL = {
             "up_block_types": ("KUpBlock2D",) * 2,
         },
         {},
-        {"weight_bits": 4, "act_bits": 4},
+        {"weight_bits": 1, "act_bits": 2},
         (4, 4),
     ),
 }

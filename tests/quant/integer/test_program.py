@@ -10,8 +10,8 @@ from diffusers.models.resnet import Downsample2D, Upsample2D
 from torch import nn
 
 from eval.exactness import flipped_shares
-from quant import QuantConfig, calibrate, convert, freeze, quantize, to_integer
-from quant.integer.core import MIRROR_UP, POOL
+from quant import QuantConfig, QuantizedUNet, calibrate, convert, freeze, quantize, to_integer
+from quant.integer.core import MIRROR_UP, POOL, available
 from quant.integer.layers import IntegerLayer, Layers, dense, filled
 from quant.integer.lines import Program
 from quant.integer.program import follow_unet, refuse_unsupported
@@ -86,6 +86,48 @@ def test_every_layer_of_other_unets_makes_the_simulations_codes(followed):
     shares = flipped_shares(frozen, x, 700)
     assert shares.keys() == dict(frozen.layers()).keys()
     assert np.mean([*shares.values()]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits"),
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 2), ("2 mid-rise", 4), (2, 3)],
+    indirect=["weight_bits"],
+)
+def test_few_bits_run_as_the_simulation_from_the_disk(weight_bits, act_bits, tmp_path):
+    """But for what a code on the other side of a border changes. On every instruction set with the same bytes."""
+    unet, x = make_unet(16, "DownBlock2D", "AttnDownBlock2D", block_out_channels=(8, 24)), torch.randn(12, 3, 16, 16)
+    frozen = make_frozen(unet, QuantConfig(weight_bits, act_bits, edge_bits=4), x)
+    assert max(flipped_shares(frozen, x, 700).values()) < 1e-3
+    with torch.no_grad():
+        simulated = frozen(x, 700).sample
+    expected = to_integer(frozen, "portable")(x, 700).sample
+    errors = (expected - simulated).flatten(1).norm(dim=1) / simulated.flatten(1).norm(dim=1)
+    assert errors.median() < 1e-5
+    frozen.save_pretrained(tmp_path)
+    for isa in available():
+        assert torch.equal(to_integer(QuantizedUNet.from_pretrained(tmp_path), isa)(x, 700).sample, expected)
+
+
+@pytest.mark.parametrize(("weight_bits", "fan_in"), [(1, 4_210_752), (1.58, 4_210_752), (2, 2_105_376), (8, 32_896)])
+def test_sums_that_leave_32_bits_are_refused(weight_bits, fan_in):
+    """Twice 255 times the largest weight, so many times: from 2³¹ on."""
+    for size in (fan_in, fan_in + 1):
+        layer = QuantLinear(nn.Linear(size, 1), weight_bits, 8, 1, Clock([0]))
+        layer.freeze()
+        if size == fan_in:
+            IntegerLayer(0, "", layer, 0, 0)
+        else:
+            with pytest.raises(ValueError, match=f"^last: sums of {size:,} products are too large for integers of 32"):
+                IntegerLayer(0, "last", layer, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "largest"), [(1, 1), (1.58, 1), (2, 2), ("2 mid-rise", 3), (8, 128)], indirect=["weight_bits"]
+)
+def test_the_largest_product_is_that_of_the_codes(weight_bits, largest):
+    layer = QuantLinear(nn.Linear(5, 3), weight_bits, 3, 1, Clock([0]))
+    layer.freeze()
+    assert IntegerLayer(0, "", layer, 0, 0).largest_product == 7 * largest
 
 
 @pytest.mark.parametrize(
