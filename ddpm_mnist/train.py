@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
+from ddpm_mnist.muon import Muon
 from ddpm_mnist.runs import RunState, progress, update_generator
 from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
 from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
@@ -31,12 +32,14 @@ class TeacherConfig:
     """Images are resized to this height and width, one number for both; what lies outside these proportions is cut
     off. None: as they are."""
     unet: UNetConfig = field(default_factory=UNetConfig)
+    eps_scale: float = 1.0
+    """Factor on ε in sampling, for the folder's scheduler: see ddpm_mnist/scheduler.py. Training does not know it."""
     total_updates: int = 20_000
     """Optimiser updates."""
     batch_size: int = 64
     """Images per update and process."""
     learning_rate: float = 2e-3
-    """Adam's learning rate between warm-up and decay."""
+    """Learning rate between warm-up and decay, of Muon for the inner weights and of Adam for all else."""
     warmup_updates: int = 500
     """Updates over which the learning rate rises linearly from zero."""
     decay_fraction: float = 0.4
@@ -59,7 +62,7 @@ class TeacherConfig:
     """Updates between two grids of samples, `samples/<update>.png`."""
 
     def __post_init__(self) -> None:
-        positive = ("total_updates", "batch_size", "learning_rate", "max_grad_norm", "snr_gamma")
+        positive = ("eps_scale", "total_updates", "batch_size", "learning_rate", "max_grad_norm", "snr_gamma")
         for name in (*positive, "log_every", "save_every", "grid_every"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -91,14 +94,24 @@ def draw_batch(images: Tensor, batch_size: int, seed: int, update: int, rank: in
         images: uint8 (M, H, W) or (M, H, W, C).
 
     Returns:
-        x0 float (N, C, H, W) in [-1, 1]; eps the same shape; t long (N,) in 0…999.
+        x0 float (N, C, H, W) in [-1, 1]; eps the same shape; t long (N,), spread over 0…999.
     """
     generator = update_generator(seed, update, rank)
     index = torch.randint(len(images), (batch_size,), generator=generator)
     x0 = to_float(images[index])
     eps = torch.randn(x0.shape, generator=generator)
-    t = torch.randint(1000, (batch_size,), generator=generator)
-    return x0, eps, t
+    # One timestep from each of N equal parts: what a batch says of the loss varies less (arXiv 2107.00630, appendix I.1).
+    place = torch.randperm(batch_size, generator=generator) + torch.rand(batch_size, generator=generator)
+    return x0, eps, (place * (1000 / batch_size)).long().clamp(max=999)
+
+
+def make_optimizers(unet: nn.Module) -> tuple[Muon, torch.optim.Adam]:
+    """Muon for the inner weights, Adam for the first and the last convolution, biases and normalisations."""
+    inner, rest = [], []
+    for name, parameter in unet.named_parameters():
+        edge = name.startswith(("conv_in", "conv_out"))
+        (rest if edge or parameter.dim() < 2 else inner).append(parameter)
+    return Muon(inner, lr=0.0), torch.optim.Adam(rest, lr=0.0, betas=(0.9, 0.99), fused=True)
 
 
 def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
@@ -118,7 +131,7 @@ def train_teacher(config: TeacherConfig) -> Path:
             configuration or to other images.
     """
     fingerprint = dataclasses.asdict(config)
-    for free in ("output", "log_every", "save_every", "grid_every"):
+    for free in ("output", "eps_scale", "log_every", "save_every", "grid_every"):
         del fingerprint[free]
     run = RunState(config.output, fingerprint)
     images = load_images(config.data, "train", config.image_size)
@@ -132,7 +145,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     torch.manual_seed(config.seed)
     channels = images.shape[3] if images.dim() == 4 else 1
     unet = make_unet(config.unet, channels, (images.shape[1], images.shape[2]))
-    optimizer = torch.optim.Adam(unet.parameters(), lr=0.0, betas=(0.9, 0.99), fused=True)
+    optimizers = make_optimizers(unet)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
     first, seconds_before = 0, 0.0
@@ -143,13 +156,14 @@ def train_teacher(config: TeacherConfig) -> Path:
                 "choose another output folder, or delete this one"
             )
         unet.load_state_dict(state["unet"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         ema.load_state_dict(state["ema"])
         first, seconds_before = state["update"], state["seconds"]
 
     if accelerator.is_main_process:
         save_config(config, config.output / "config.yaml")
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    unet, *optimizers = accelerator.prepare(unet, *optimizers)
     ema.to(accelerator.device)
     schedule = make_noise_schedule()
     weight = loss_weight(schedule.alphas_cumprod, config.snr_gamma).to(accelerator.device)
@@ -162,12 +176,13 @@ def train_teacher(config: TeacherConfig) -> Path:
             with accelerator.autocast():
                 prediction = unet(schedule.add_noise(x0, eps, t), t).sample
             loss = (weight[t] * (prediction.float() - eps).square().mean((1, 2, 3))).mean()
-            optimizer.zero_grad()
+            unet.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, update)
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, update)
+                optimizer.step()
             ema.step(unet.parameters())
             losses.append(loss.detach())
 
@@ -193,7 +208,7 @@ def train_teacher(config: TeacherConfig) -> Path:
                 run.save(
                     {
                         "unet": whole.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                         "ema": ema.state_dict(),
                         "images": digest,
                         "update": done,
@@ -203,5 +218,5 @@ def train_teacher(config: TeacherConfig) -> Path:
     if accelerator.is_main_process:
         whole = accelerator.unwrap_model(unet)
         ema.copy_to(whole.parameters())
-        save_teacher(whole, config.output)
+        save_teacher(whole, config.output, config.eps_scale)
     return config.output

@@ -167,6 +167,7 @@ def test_min_snr_weight_caps_the_loss_on_x0():
 def test_a_batch_depends_on_seed_update_and_process(shape):
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     first = draw_batch(images, 8, seed=0, update=3, rank=0)
+    assert (first[2] // 125).sort().values.tolist() == list(range(8))  # one timestep from each eighth
     again = draw_batch(images, 8, seed=0, update=3, rank=0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first[0].shape == (8, 3 if shape[3:] else 1, *shape[1:3])
