@@ -1,9 +1,11 @@
 """The rulers: the feature networks that scores are computed on, with the statistics of the images they compare with."""
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,6 +19,8 @@ from ddpm_mnist import InputError
 from ddpm_mnist.data import load_images
 
 PRETRAINED = Path(__file__).parent / "pretrained"
+# Of the ruler's second network, in the folder of the first.
+SECOND_FOLDER = "second"
 KID_REFERENCE_IMAGES = 10_000
 # Of the Inception weights that torch-fidelity names, and of no others: it unpickles them.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -36,16 +40,20 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
+        self.trunk = self.make_trunk()
+        self.classifier = nn.Linear(self.num_features, num_classes)
+
+    def make_trunk(self) -> nn.Sequential:
+        """From images (N, 1, 28, 28) to features; it ends in a linear layer and ReLU, so that it can be scaled."""
 
         def block(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
             conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
             return [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
 
-        self.trunk = nn.Sequential(
+        return nn.Sequential(
             *block(1, 32, 1), *block(32, 32, 2), *block(32, 64, 1), *block(64, 64, 2), nn.Flatten(),
             nn.Linear(64 * 7 * 7, self.num_features), nn.ReLU(),
         )  # fmt: skip
-        self.classifier = nn.Linear(self.num_features, num_classes)
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
@@ -60,6 +68,18 @@ class FeatureNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk(rearrange(images, "n h w -> n 1 h w").float() / 255)
         return features, self.classifier(F.dropout(features, 0.5, self.training))
+
+
+class SecondNetwork(FeatureNetwork):
+    """A second opinion, as unlike the first as a classifier of the same images can be: two convolutions of 5×5, max-
+    pooling in the place of strides, GELU in that of ReLU, no normalisation. What fools one need not fool the other."""
+
+    def make_trunk(self) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 5, padding=2), nn.MaxPool2d(2), nn.GELU(),
+            nn.Conv2d(16, 32, 5, padding=2), nn.MaxPool2d(2), nn.GELU(), nn.Flatten(),
+            nn.Linear(32 * 7 * 7, self.num_features), nn.ReLU(),
+        )  # fmt: skip
 
 
 class InceptionNetwork(nn.Module):
@@ -105,10 +125,10 @@ def extract(network: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[
 
 
 @cache
-def load_features(folder: Path = PRETRAINED) -> FeatureNetwork:
-    """The feature network in `folder` (by default the released one), in evaluation mode."""
+def load_features(folder: Path = PRETRAINED, second: bool = False) -> FeatureNetwork:
+    """The feature network in `folder` (by default the released one), a `SecondNetwork` if so; in evaluation mode."""
     weights = load_file(folder / "features.safetensors")
-    network = FeatureNetwork(len(weights["classifier.bias"]))
+    network = (SecondNetwork if second else FeatureNetwork)(len(weights["classifier.bias"]))
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
 
@@ -118,7 +138,8 @@ def load_reference(folder: Path = PRETRAINED) -> dict[str, Tensor]:
     """What the scores need of the training images, MNIST's 60,000 or those that the network in `folder` learned from.
 
     Keys: `sum` float64 (128,) and `outer_sum` float64 (128, 128), the sums of the features and of their outer
-    products; `count` long (); `kid_features` float16 (10,000, 128), the features of the first 10,000 images.
+    products; `count` long (); `kid_features` float16 (10,000, 128), the features of the first 10,000 images, which KID,
+    precision and recall compare with. The second network is for FID alone, and has none.
     """
     return load_file(folder / "reference.safetensors")
 
@@ -140,7 +161,7 @@ def reference_statistics(features: Tensor) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ruler:
     """What scores are taken with: a network, and the images that it compares with."""
 
@@ -156,6 +177,11 @@ class Ruler:
     """Of the images that it measures, (H, W); None: of any size, in one channel or three."""
     batch_size: int = 500
     """Images that the network sees at once."""
+    second: "Ruler | None" = None
+    """Another network that learned from the same data by itself, for a second FID; None: there is none."""
+    floor: dict[str, Any] | None = None
+    """What real images that no network learned from score: fields of `Score`, without those that need a teacher, with
+    `num_images`. No model can be expected below their FID at that number of images. None: not known."""
 
     def fits(self, images: Tensor) -> bool:
         """Whether it measures images of this shape."""
@@ -191,8 +217,24 @@ def load_ruler(features: Path | str | None = None, reference: str | None = None)
     if reference is not None:
         raise InputError(f'reference is for features "inception": {features or "the released ruler"} has its own')
     folder = PRETRAINED if features is None else Path(features)
+    ruler, second = _load_folder(folder), None
+    if (folder / SECOND_FOLDER).is_dir():
+        second = _load_folder(folder / SECOND_FOLDER, second=True)
+        if second.data != ruler.data:
+            raise InputError(f"{folder}: the second network is of {second.data}, the first of {ruler.data}")
     try:
-        network, statistics, digest = load_features(folder), load_reference(folder), features_digest(folder)
+        floor = json.loads((folder / "features.json").read_text()).get("floor")
+    except FileNotFoundError:
+        floor = None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{folder / 'features.json'} is no record of a ruler: {error}") from error
+    return replace(ruler, second=second, floor=floor)
+
+
+def _load_folder(folder: Path, second: bool = False) -> Ruler:
+    """The network in `folder` with its statistics; InputError where they do not belong together."""
+    try:
+        network, statistics, digest = load_features(folder, second), load_reference(folder), features_digest(folder)
         with safe_open(folder / "reference.safetensors", "pt") as file:
             metadata = file.metadata() or {}
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
@@ -200,4 +242,4 @@ def load_ruler(features: Path | str | None = None, reference: str | None = None)
         raise InputError(f'{folder} holds no ruler; "efficientdm features" makes one ({reason})') from error
     if metadata.get("features") != digest:
         raise InputError(f"{folder}: the statistics are of the network {metadata.get('features')}, not of {digest}")
-    return Ruler(network, statistics, digest, metadata.get("data", "mnist"), FeatureNetwork.shape)
+    return Ruler(network, statistics, digest, metadata.get("data", "mnist"), network.shape)

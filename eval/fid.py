@@ -1,9 +1,10 @@
-"""Score a model: FID, KID, Inception score, and the distance to the teacher's images from the same noise."""
+"""Score a model: how near its images are to real ones, and to the teacher's from the same noise."""
 
 import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,8 @@ from eval.features import Ruler, load_ruler
 from eval.metrics import Score, measure
 from eval.models import Model, load_model
 from eval.sample import DrawConfig, draw
-from eval.table import number
+from eval.table import floor_note, score_table
+from eval.train_features import classifier_accuracy, load_sets
 
 
 @dataclass
@@ -30,6 +32,9 @@ class FidConfig(DrawConfig):
     does not fit are compared with the teacher's alone."""
     reference: str | None = None
     """For "inception": images to compare with, a folder or an .npy file. Other rulers have their own."""
+    classifier: bool = False
+    """Whether to tell what the images are worth as data: classifiers learn from them and from as many real images, and
+    are tested on real ones. Takes minutes, and needs the data that the ruler learned from."""
     output: Path = Path("fid.json")
     """JSON object with the fields of `Score`."""
 
@@ -56,32 +61,27 @@ def score_images(
         guidance_scale=config.guidance_scale,
         seed=config.seed,
         seconds=round(seconds, 1),
-        **measure(images, teacher_images, ruler),  # type: ignore[arg-type]
+        **measure(images, teacher_images, ruler),
     )
 
 
-def print_scores(scores: list[Score]) -> None:
-    """The table of `scores`, a row each."""
+def print_scores(scores: list[Score], floor: dict[str, Any] | None = None) -> None:
+    """The table of `scores`, a column each; `floor`: the ruler's, None if it has none."""
     first = scores[0]
     drawn = f"{first.num_images:,} images, {first.solver} in {first.num_steps} steps, seed {first.seed}"
-    table = Table(title=f"{drawn}, ruler {first.features}")
-    table.add_column("model")
-    for heading in ("bits", "runtime", "FID ↓", "KID ↓", "IS ↑", "MSE to teacher ↓", "FID to teacher ↓", "seconds"):
-        table.add_column(heading, justify="right")
-    for score in scores:
-        bits = "32" if score.weight_bits == 32 else f"W{score.weight_bits}A{score.act_bits}"
-        table.add_row(
-            score.model, bits, score.runtime, number(score.fid, 2), number(score.kid, 4),
-            number(score.inception_score, 2), number(score.mse_to_teacher, 4), number(score.fid_to_teacher, 2),
-            f"{score.seconds:.0f}",
-        )  # fmt: skip
+    headings, rows = score_table(scores, floor)
+    table = Table(title=f"{drawn}, ruler {first.features}", caption=f"± 95% interval. {floor_note(scores, floor)}")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def print_fid(config: FidConfig) -> Score:
     """Score a model against a ruler's images, by default MNIST's, and against its teacher's from the same noise.
 
-    Prints a table and writes one JSON object. Needs no data: the statistics of MNIST are shipped.
+    Prints a table and writes one JSON object. Needs no data, but for `classifier`: the statistics of MNIST are shipped.
     """
     model, teacher = (load_model(name, config.runtime) for name in (config.model, config.teacher))
     if model.shape != teacher.shape:
@@ -90,12 +90,20 @@ def print_fid(config: FidConfig) -> Score:
     ruler = load_ruler(config.features, config.reference)
     for each in (model, teacher):
         each.solver(config)  # refuses what does not fit
+    sets = load_sets(ruler, config.num_images) if config.classifier else {}
+    if sets and model.shape != (1, *(ruler.shape or ())):
+        raise InputError(f"classifier needs a ruler of images of {model.shape}: --features names another")
     prepare_output(config.output)
     images, seconds = draw(model, config)
     teacher_images = images if config.model == config.teacher else draw(teacher, config)[0]
     score = score_images(model, images, seconds, teacher_images, config, ruler)
+    if sets:
+        _, logits = ruler.extract(images)
+        seen, classes, (real, labels) = logits.argmax(1), logits.shape[1], (x[: len(images)] for x in sets["train"])
+        score.classifier_accuracy = classifier_accuracy(images, seen, classes, sets["test"])
+        score.classifier_accuracy_of_real = classifier_accuracy(real, labels, classes, sets["test"])
     write_json(config.output, dataclasses.asdict(score))
-    print_scores([score])
+    print_scores([score], ruler.floor)
     return score
 
 

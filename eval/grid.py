@@ -65,19 +65,22 @@ def recorded_fid(model: Model, drawing: DrawConfig) -> str:
         score = scores[-1] if isinstance(scores, list) else scores
         of_classes = score.get("labels", []), score.get("guidance_scale", 1.0)  # not there for a model without
         recorded = score["solver"], score["num_steps"], score["eta"], *of_classes
-        label = "" if score["fid"] is None else fid_label(score["fid"], score["num_images"])
+        same_digit = score.get("same_digit")  # not there where nothing but FID was measured
+        label = "" if score["fid"] is None else fid_label(score["fid"], score["num_images"], same_digit)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path} holds no scores: {error}") from error
     now = drawing.solver, drawing.num_steps, drawing.eta, list(drawing.labels), drawing.guidance_scale
     return label if recorded == now else ""
 
 
-def fid_label(fid: float, num_images: int) -> str:
-    return f"FID {fid:.2f} ({num_images:,})"
+def fid_label(fid: float, num_images: int, same_digit: float | None = None) -> str:
+    """FID, of how many images, and in a second line the share of the teacher's digits, unless that is None."""
+    label = f"FID {fid:.2f} ({num_images:,})"
+    return label if same_digit is None else f"{label}\nsame digit {same_digit:.0%}"
 
 
 def row_label(model: Model, fid: str) -> str:
-    """Name, bits and FID, a line each."""
+    """Name, bits and what `fid_label` says, a line each."""
     return "\n".join(line for line in (Path(model.name).name, model.bits, fid) if line)
 
 
@@ -100,7 +103,7 @@ def draw_models(config: GridConfig) -> Path:
                     f"num_images must be 0: the ruler {ruler.digest} has no FID of images of {model.shape}"
                 )
             features, _ = ruler.extract(images[: config.num_images])
-            fid = fid_label(fid_to_reference(features, ruler.reference), config.num_images)
+            fid = fid_label(fid_to_reference(features, ruler.reference).value, config.num_images)
         else:
             fid = recorded_fid(model, config.drawing)
         rows.append((row_label(model, fid), images[: config.columns]))

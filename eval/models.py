@@ -20,6 +20,7 @@ from ddpm_mnist import InputError
 from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
 from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
 from ddpm_mnist.unet import PRETRAINED
+from eval.table import bits_label
 from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.integer.core import choose
 from quant.structure import check_config
@@ -47,7 +48,7 @@ class Model:
     @property
     def bits(self) -> str:
         """ "W4A4", or "full precision"."""
-        return "full precision" if self.weight_bits == 32 else f"W{self.weight_bits}A{self.act_bits}"
+        return "full precision" if self.weight_bits == 32 else bits_label(self.weight_bits, self.act_bits)
 
     @property
     def runtime(self) -> str:

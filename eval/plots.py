@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
-from eval.table import Row
+from eval.table import Row, bits_product
 
 
 def to_png(figure: Figure) -> bytes:
@@ -86,10 +86,7 @@ def bits_chart(rows: Sequence[Row], baselines: Sequence[str]) -> Figure:
     whole = [row for row in students if _is_whole(row)]
     others = [row for row in students if row.name in baselines]
 
-    def product(bits: str) -> int:
-        return math.prod(int(part) for part in bits[1:].split("A"))
-
-    places = sorted({row.bits for row in whole + others}, key=lambda bits: (product(bits), bits))
+    places = sorted({row.bits for row in whole + others}, key=lambda bits: (bits_product(bits), bits))
     for row in whole + others:
         place, spread = places.index(row.bits), 0 if math.isnan(row.spread) else row.spread
         color, size, label = ("C0", 7, f"{row.fid:.2f}") if row in whole else ("0.6", 4, row.name)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ddpm_mnist.runs import write_text
 from eval.metrics import Score
 from eval.plots import to_png
-from eval.table import number
+from eval.table import floor_note, score_table
 from quant.summary import LayerSummary, shares
 
 
@@ -26,6 +26,7 @@ def write_report(
     title: str,
     facts: Sequence[str],
     scores: Sequence[Score],
+    floor: dict[str, Any] | None = None,
     grid: Figure,
     loss: Figure,
     step_sizes: Figure,
@@ -36,12 +37,17 @@ def write_report(
 
     Args:
         facts: sentences that say what was done.
+        floor: the ruler's; None: it has none.
         config: the resolved configuration as YAML.
     """
+    headings, rows = score_table(scores, floor)
     values: dict[str, Any] = {
         "title": title,
         "facts": facts,
         "scores": scores,
+        "headings": headings,
+        "rows": rows,
+        "floor_note": floor_note(scores, floor),
         "grid": embed(grid),
         "loss": embed(loss),
         "step_sizes": embed(step_sizes),
@@ -50,7 +56,6 @@ def write_report(
         "macs": sum(layer.macs for layer in layers),
         "shares": shares(list(layers)),
         "config": config,
-        "number": number,
     }
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     write_text(path, environment.get_template("report.html.j2").render(values))

@@ -1,4 +1,4 @@
-"""Scores in tables: means and spreads over the distillations of each model."""
+"""Scores in tables: with their intervals, or as means and spreads over the distillations of each model."""
 
 import math
 import statistics
@@ -6,10 +6,77 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eval.metrics import Score
+
+# Each score's heading, its field, and its digits after the point.
+SCORES = (
+    ("FID ↓", "fid", 2),
+    ("FID, second network ↓", "fid_second", 2),
+    ("KID ↓", "kid", 4),
+    ("precision ↑", "precision", 3),
+    ("recall ↑", "recall", 3),
+    ("Inception score ↑", "inception_score", 2),
+    ("same digit ↑", "same_digit", 3),
+    ("MSE to teacher ↓", "mse_to_teacher", 4),
+    ("FID to teacher ↓", "fid_to_teacher", 2),
+)
+WORTH = (("classifier's accuracy ↑", "classifier_accuracy", 4), ("from real ones", "classifier_accuracy_of_real", 4))
+
+
+def bits_label(weight_bits: float, act_bits: int) -> str:
+    """ "W4A4", "W1.58A4"; "32" for full precision."""
+    return "32" if weight_bits == 32 else f"W{weight_bits:g}A{act_bits}"
+
+
+def bits_product(label: str) -> float:
+    """Weight bits times activation bits of a `bits_label`."""
+    return 32 * 32 if label == "32" else math.prod(float(part) for part in label[1:].split("A"))
+
+
+def number(score: float | None, digits: int, interval: Sequence[float] | None = None) -> str:
+    """A score in a table, with half the width of its interval; "–" where the ruler does not measure it."""
+    if score is None or math.isnan(score):
+        return "–"
+    half = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.{digits}f}"
+    return f"{score:.{digits}f}{half}"
+
+
+def score_table(scores: Sequence[Score], floor: dict[str, Any] | None) -> tuple[list[str], list[list[str]]]:
+    """A column per model and a row per score: the headings, and the rows with their names first.
+
+    The ruler's floor is a column too, where it is of as many images.
+    """
+    shown = floor if floor and floor["num_images"] == scores[0].num_images else None
+    headings = ["", *(score.model for score in scores)]
+    rows = [
+        ["bits", *(bits_label(score.weight_bits, score.act_bits) for score in scores)],
+        ["runtime", *(score.runtime for score in scores)],
+    ]
+    for heading, name, digits in (*SCORES, *WORTH):
+        values = [(getattr(score, name), getattr(score, f"{name}_interval", None)) for score in scores]
+        if any(value is not None for value, _ in values) or (heading, name, digits) in SCORES:
+            rows.append([heading, *(number(value, digits, interval) for value, interval in values)])
+            if shown:
+                rows[-1].append(number(shown.get(name), digits))
+    rows.append(["seconds", *(f"{score.seconds:.0f}" for score in scores)])
+    if shown:
+        headings.append("real test images")
+        rows = [[*row, ""] if len(row) < len(headings) else row for row in rows]
+    return headings, rows
+
+
+def floor_note(scores: Sequence[Score], floor: dict[str, Any] | None) -> str:
+    """The floor in a sentence, where it is of another number of images and so is no column; else nothing."""
+    if not floor or floor["num_images"] == scores[0].num_images:
+        return ""
+    of = "; ".join(f"{heading[:-2]} {number(floor[name], digits)}" for heading, name, digits in SCORES if name in floor)
+    return f"The {floor['num_images']:,} real test images score {of}: a floor for as many images, not for these."
+
 
 @dataclass
 class Row:
-    """A row of the table: means over the distillations of a rung, and the standard deviation of their FID."""
+    """A row of the ladder's table: means over the distillations of a rung, and the standard deviation of some; not a
+    number where the ruler does not tell, and of a single distillation."""
 
     name: str
     bits: str
@@ -17,19 +84,20 @@ class Row:
     count: int
     fid: float
     spread: float
-    """Standard deviation; not a number for a single distillation."""
+    """Standard deviation of `fid`."""
     ratio: float
     """FID over that of the teacher in as many steps; not a number where there is none."""
+    fid_second: float
+    fid_second_spread: float
     kid: float
+    precision: float
+    recall: float
+    same_digit: float
+    same_digit_spread: float
     mse_to_teacher: float
     fid_to_teacher: float
     milliseconds: float
     """Per image."""
-
-
-def number(score: float | None, digits: int) -> str:
-    """A score in a table; "–" where the ruler does not measure it."""
-    return "–" if score is None else f"{score:.{digits}f}"
 
 
 def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
@@ -39,19 +107,32 @@ def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
         rows.setdefault(score["model"], []).append(score)
     teacher = {score["num_steps"]: score["fid"] for score in scores if score["weight_bits"] == 32}
 
+    def values(group: list[dict[str, Any]], key: str) -> list[float]:
+        return [math.nan if score[key] is None else score[key] for score in group]
+
     def mean(group: list[dict[str, Any]], key: str) -> float:
-        return sum(score[key] for score in group) / len(group)
+        return sum(values(group, key)) / len(group)
+
+    def spread(group: list[dict[str, Any]], key: str) -> float:
+        known = [value for value in values(group, key) if not math.isnan(value)]
+        return statistics.stdev(known) if len(known) > 1 else math.nan
 
     return [
         Row(
             name=name,
-            bits="32" if group[0]["weight_bits"] == 32 else f"W{group[0]['weight_bits']}A{group[0]['act_bits']}",
+            bits=bits_label(group[0]["weight_bits"], group[0]["act_bits"]),
             num_steps=group[0]["num_steps"],
             count=len(group),
             fid=mean(group, "fid"),
-            spread=statistics.stdev(score["fid"] for score in group) if len(group) > 1 else math.nan,
+            spread=spread(group, "fid"),
             ratio=mean(group, "fid") / teacher.get(group[0]["num_steps"], math.nan),
+            fid_second=mean(group, "fid_second"),
+            fid_second_spread=spread(group, "fid_second"),
             kid=mean(group, "kid"),
+            precision=mean(group, "precision"),
+            recall=mean(group, "recall"),
+            same_digit=mean(group, "same_digit"),
+            same_digit_spread=spread(group, "same_digit"),
             mse_to_teacher=mean(group, "mse_to_teacher"),
             fid_to_teacher=mean(group, "fid_to_teacher"),
             milliseconds=1000 * mean(group, "seconds") / group[0]["num_images"],
@@ -62,19 +143,25 @@ def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
 
 def markdown(rows: Sequence[Row], num_images: int, seed: int, solver: str) -> str:
     """`rows` as a table in Markdown."""
+    headings = ["rung", "bits", "steps", "distillations", "FID", "ratio", "FID, second network", "same digit"]
+    headings += ["precision", "recall", "KID", "MSE to teacher", "FID to teacher", "ms per image"]
     lines = [
-        f"{num_images:,} images each from seed {seed} on, {solver}. FID ± standard deviation over the distillations;",
-        "ratio to the teacher in as many steps; distances to the teacher's images of the base's number of steps.",
+        f"{num_images:,} images each from seed {seed} on, {solver}. ± standard deviation over the distillations;",
+        "ratio of FID to the teacher's in as many steps; same digit and distances: beside the teacher's images in the",
+        "base's number of steps. Each score's 95% interval over other seeds is in the JSON.",
         "",
-        "| rung | bits | steps | distillations | FID | ratio | KID | MSE to teacher | FID to teacher | ms per image |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(headings)} |",
+        "|---|---|" + "---:|" * (len(headings) - 2),
     ]
     for row in rows:
-        ratio = "–" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
-        fid = f"{row.fid:.2f}" + (f" ± {row.spread:.2f}" if row.count > 1 else "")
-        lines.append(
-            f"| {row.name} | {row.bits} | {row.num_steps} | {row.count if row.bits != '32' else ''} | {fid} "
-            f"| {ratio} | {row.kid:.4f} | {row.mse_to_teacher:.4f} | {row.fid_to_teacher:.2f} "
-            f"| {row.milliseconds:.1f} |"
-        )
+        cells = [row.name, row.bits, str(row.num_steps), "" if row.bits == "32" else str(row.count)]
+        cells += [_spread(row.fid, row.spread, 2), number(row.ratio, 2)]
+        cells += [_spread(row.fid_second, row.fid_second_spread, 2), _spread(row.same_digit, row.same_digit_spread, 3)]
+        cells += [number(row.precision, 3), number(row.recall, 3), number(row.kid, 4), number(row.mse_to_teacher, 4)]
+        cells += [number(row.fid_to_teacher, 2), number(row.milliseconds, 1)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(mean: float, spread: float, digits: int) -> str:
+    return number(mean, digits, None if math.isnan(spread) else (mean - spread, mean + spread))

@@ -1,12 +1,15 @@
-"""The training of a ruler's feature network: a classifier of digits, or of what another set shows."""
+"""The training of a ruler's two feature networks: classifiers of digits, or of what another set shows."""
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
@@ -14,8 +17,16 @@ from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import LABELLED, load_labelled
 from ddpm_mnist.runs import prepare_output, write_json
-from eval.features import FeatureNetwork, extract, features_digest, reference_statistics
-from eval.metrics import fid_to_reference, kid
+from eval.features import (
+    SECOND_FOLDER,
+    FeatureNetwork,
+    Ruler,
+    SecondNetwork,
+    extract,
+    features_digest,
+    reference_statistics,
+)
+from eval.metrics import measure_alone
 
 
 @dataclass
@@ -23,15 +34,16 @@ class FeaturesConfig:
     data: str = "mnist"
     """The images, with labels: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"."""
     output: Path = Path("runs/features")
-    """Folder for features.safetensors, reference.safetensors, features.json and config.yaml."""
+    """Folder for features.safetensors, reference.safetensors, features.json and config.yaml; the second network's are
+    in its folder "second"."""
     epochs: int = 8
     """Passes over the training images."""
     batch_size: int = 128
     """Images per update."""
     learning_rate: float = 3e-3
-    """Peak of the one-cycle schedule."""
+    """Peak of the one-cycle schedule; a third of it for the second network."""
     seed: int = 0
-    """Seeds the initial weights, the order of the images and their augmentation."""
+    """Seeds the initial weights, the order of the images and their augmentation; `seed` + 1 for the second network."""
 
     def __post_init__(self) -> None:
         if self.data not in LABELLED:
@@ -41,54 +53,122 @@ class FeaturesConfig:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
-def train_features(config: FeaturesConfig) -> Path:
-    """Train the network on the training images of `data`; the test images only measure it, once, at the end.
+class Recipe(NamedTuple):
+    """What a network is trained with beside the config."""
 
-    Raises:
-        InputError: the data cannot be had, or are fewer than a batch.
-    """
-    prepare_output(config.output / "features.json")
-    images, labels = load_labelled(config.data, "train")
-    if len(images) < config.batch_size:
-        raise InputError(f"batch_size must be at most the {len(images)} training images, not {config.batch_size}")
-    start = time.monotonic()
-    torch.manual_seed(config.seed)
-    network = FeatureNetwork(int(labels.max()) + 1)
-    augment = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    total = config.epochs * (len(images) // config.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=total)
-    order = torch.cat([torch.randperm(len(images)) for _ in range(config.epochs)])
+    network: type[FeatureNetwork]
+    augment: nn.Module
+    """Images uint8 (N, 28, 28) → the same under one random map."""
+    learning_rate: float
+    """Factor on the config's."""
+    seed: int
+    """Added to the config's."""
+
+
+FIRST = Recipe(FeatureNetwork, v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1)), 1, 0)
+# Without batch normalisation it needs smaller steps.
+SECOND = Recipe(SecondNetwork, v2.RandomPerspective(0.3, p=0.5), 1 / 3, 1)
+
+
+def fit(
+    recipe: Recipe, images: Tensor, labels: Tensor, num_classes: int, epochs: int, config: FeaturesConfig
+) -> FeatureNetwork:
+    """A classifier of `images` uint8 (N, 28, 28) with `labels` int64 (N,) < `num_classes`, N at least a batch; in
+    evaluation mode."""
+    torch.manual_seed(config.seed + recipe.seed)
+    network = recipe.network(num_classes)
+    learning_rate = config.learning_rate * recipe.learning_rate
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
+    total = epochs * (len(images) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total)
+    order = torch.cat([torch.randperm(len(images)) for _ in range(epochs)])
     for step in track(range(total), "feature network"):
         index = order[step * config.batch_size : (step + 1) * config.batch_size]
-        # One shift, turn and size for groups of 16: an affine map a batch is too few, one an image too slow.
-        batch = torch.cat([augment(part) for part in images[index].split(16)])
+        # One map for groups of 16: one a batch is too few, one an image too slow.
+        batch = torch.cat([recipe.augment(part) for part in images[index].split(16)])
         loss = F.cross_entropy(network(batch)[1], labels[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+    return network.eval()
 
-    network.eval()
-    network.standardise(extract(network, images)[0])
-    reference = reference_statistics(extract(network, images)[0])
-    save_file(network.state_dict(), config.output / "features.safetensors")
-    digest = features_digest(config.output)
-    save_file(reference, config.output / "reference.safetensors", metadata={"features": digest, "data": config.data})
+
+def train_features(config: FeaturesConfig) -> Path:
+    """Train both networks on the training images of `data`; the test images only measure, once, at the end.
+
+    Raises:
+        InputError: the data cannot be had, or are fewer than a batch.
+    """
+    prepare_output(config.output / SECOND_FOLDER / "features.safetensors")
+    prepare_output(config.output / "features.json")
+    images, labels = load_labelled(config.data, "train")
+    if len(images) < config.batch_size:
+        raise InputError(f"batch_size must be at most the {len(images)} training images, not {config.batch_size}")
+    start = time.monotonic()
+    first = train_network(FIRST, config, config.output, images, labels)
+    second = train_network(SECOND, config, config.output / SECOND_FOLDER, images, labels)
     save_config(config, config.output / "config.yaml")
-    record = {**describe(network, reference, config.data), "seconds": round(time.monotonic() - start)}
+    record = {**describe(replace(first, second=second)), "seconds": round(time.monotonic() - start)}
     write_json(config.output / "features.json", record)
     print(record)
     return config.output
 
 
-def describe(network: FeatureNetwork, reference: dict[str, torch.Tensor], data: str) -> dict[str, float]:
-    """Accuracy on the test images of `data`, and their FID and KID: the floor that no model can be expected below."""
-    images, labels = load_labelled(data, "test")
-    features, logits = extract(network, images)
+def train_network(recipe: Recipe, config: FeaturesConfig, folder: Path, images: Tensor, labels: Tensor) -> Ruler:
+    """Train one network and write it into `folder`, with the statistics of `images`, which it learned from."""
+    network = fit(recipe, images, labels, int(labels.max()) + 1, config.epochs, config)
+    network.standardise(extract(network, images)[0])
+    reference = reference_statistics(extract(network, images)[0])
+    if recipe is SECOND:
+        del reference["kid_features"]
+    save_file(network.state_dict(), folder / "features.safetensors")
+    features_digest.cache_clear()
+    digest = features_digest(folder)
+    save_file(reference, folder / "reference.safetensors", metadata={"features": digest, "data": config.data})
+    return Ruler(network, reference, digest, config.data, network.shape)
+
+
+def describe(ruler: Ruler) -> dict[str, Any]:
+    """The accuracy of both networks on the test images of the ruler's data, and the floor: what those images score.
+
+    It has no intervals: the images are in no random order, so that groups of them are not alike.
+    """
+    assert ruler.data is not None and ruler.second is not None
+    images, labels = load_labelled(ruler.data, "test")
     return {
-        "test_accuracy": (logits.argmax(1) == labels).double().mean().item(),
-        "fid_of_test_images": fid_to_reference(features, reference),
-        "kid_of_test_images": kid(features, reference["kid_features"]),
-        "num_test_images": len(images),
+        "test_accuracy": accuracy(ruler.network, images, labels),
+        "test_accuracy_second": accuracy(ruler.second.network, images, labels),
+        "floor": {**measure_alone(images, ruler), "num_images": len(images)},
     }
+
+
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images uint8 (N, 28, 28) in which the network sees their labels (N,)."""
+    return (extract(network, images)[1].argmax(1) == labels).double().mean().item()
+
+
+def load_sets(ruler: Ruler, num_images: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The images and labels, "train" and "test", that tell what `num_images` generated images are worth.
+
+    Raises:
+        InputError: the ruler learned from no data with labels, they cannot be had, or are fewer than `num_images`.
+    """
+    if ruler.shape is None or ruler.data not in LABELLED:
+        raise InputError(f"classifier needs a ruler that learned from labels, not {ruler.digest}")
+    sets = {split: load_labelled(ruler.data, split) for split in ("train", "test")}
+    least, most = FeaturesConfig.batch_size, len(sets["train"][0])
+    if not least <= num_images <= most:
+        raise InputError(f"classifier needs num_images from {least} to {most}, not {num_images}")
+    return sets
+
+
+# Images that the classifier below sees in training, again and again where there are fewer: one pass over MNIST.
+IMAGES_SEEN = 60_000
+
+
+def classifier_accuracy(images: Tensor, labels: Tensor, num_classes: int, test: tuple[Tensor, Tensor]) -> float:
+    """The accuracy on `test` of a classifier, the first network anew, that learned from `images` with `labels`."""
+    epochs = math.ceil(IMAGES_SEEN / len(images))
+    network = fit(FIRST, images, labels, num_classes, epochs, FeaturesConfig())
+    return accuracy(network, *test)

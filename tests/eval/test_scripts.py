@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import signal
 import subprocess
@@ -6,17 +7,19 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import save_teacher
+from eval.features import load_ruler
 from eval.fid import FidConfig, print_fid
 from eval.grid import GridConfig, draw_models, recorded_fid
 from eval.models import STUDENTS, load_model
 from eval.sample import DrawConfig, SampleConfig, draw, write_samples
-from eval.train_features import FeaturesConfig, train_features
+from eval.train_features import FeaturesConfig, load_sets, train_features
 from quant import freeze
 
 
@@ -54,6 +57,64 @@ def test_fid_writes_one_object(student_folder, tmp_path, capsys):
     assert "W4A4" in capsys.readouterr().out
 
 
+@pytest.fixture
+def labelled(monkeypatch):
+    """In the place of MNIST: bright and dark images of two classes. The arguments of each call."""
+    calls = []
+
+    def load(data, split):
+        calls.append((data, split))
+        labels = torch.arange(256) % 2
+        return (labels.view(-1, 1, 1) * 200 + torch.randint(0, 50, (256, 28, 28))).byte(), labels
+
+    monkeypatch.setattr("eval.train_features.load_labelled", load)
+    monkeypatch.setattr("eval.train_features.IMAGES_SEEN", 1024)
+    return calls
+
+
+def test_a_classifier_tells_what_the_images_are_worth(labelled, teacher_folder, tmp_path, capsys):
+    words = ["--model", teacher_folder, "--teacher", teacher_folder, "--num_images", "128", "--num_steps", "2"]
+    words += ["--output", str(tmp_path / "fid.json")]
+    run_command("prog", print_fid, FidConfig, words)
+    assert json.loads((tmp_path / "fid.json").read_text())["classifier_accuracy"] is None
+    assert not labelled, "no data unless it is asked for"
+    score = run_command("prog", print_fid, FidConfig, [*words, "--classifier", "true"])
+    assert labelled == [("mnist", "train"), ("mnist", "test")]
+    assert score.classifier_accuracy_of_real == 1
+    assert 0 <= score.classifier_accuracy < 1, "noise teaches nothing"
+    assert json.loads((tmp_path / "fid.json").read_text())["classifier_accuracy"] == score.classifier_accuracy
+    assert "from real ones" in capsys.readouterr().out
+
+
+def test_what_the_classifier_lacks_is_said_before_anything_is_drawn(labelled, teacher_folder, monkeypatch, capsys):
+    monkeypatch.setattr("eval.fid.draw", lambda *_: pytest.fail("it draws"))
+    words = ["--model", teacher_folder, "--teacher", teacher_folder, "--classifier", "true", "--num_images"]
+
+    def refuse(*_):
+        raise InputError("MNIST is not to be had")
+
+    def refusal(count):
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", print_fid, FidConfig, [*words, count])
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    assert refusal("127") == "prog: classifier needs num_images from 128 to 256, not 127\n"
+    assert refusal("257") == "prog: classifier needs num_images from 128 to 256, not 257\n"
+    monkeypatch.setattr("eval.train_features.load_labelled", refuse)
+    assert refusal("128") == "prog: MNIST is not to be had\n"
+    ruler = dataclasses.replace(load_ruler(), shape=(14, 14))
+    monkeypatch.setattr("eval.fid.load_ruler", lambda *_: ruler)
+    monkeypatch.setattr("eval.fid.load_sets", lambda *_: {"train": (), "test": ()})
+    assert refusal("128") == "prog: classifier needs a ruler of images of (1, 28, 28): --features names another\n"
+
+
+def test_a_classifier_needs_a_ruler_that_learned_from_labels():
+    inception = dataclasses.replace(load_ruler(), digest="inception", shape=None)
+    with pytest.raises(InputError, match="needs a ruler that learned from labels, not inception"):
+        load_sets(inception, 128)
+
+
 def test_grid_labels_rows_with_recorded_scores(teacher_folder, student_folder, tmp_path):
     (tmp_path / "student" / "metrics.json").write_text(
         json.dumps([{"fid": 7.5, "num_images": 2000, "solver": "dpm++", "num_steps": 2, "eta": 0.0}])
@@ -64,6 +125,9 @@ def test_grid_labels_rows_with_recorded_scores(teacher_folder, student_folder, t
     model = load_model(student_folder)
     assert recorded_fid(model, GridConfig(models=["x"], num_steps=2).drawing) == "FID 7.50 (2,000)"
     assert recorded_fid(model, GridConfig(models=["x"], num_steps=5).drawing) == "", "of another sampler"
+    score = {"fid": 7.5, "num_images": 2000, "solver": "dpm++", "num_steps": 2, "eta": 0.0, "same_digit": 0.956}
+    (tmp_path / "student" / "metrics.json").write_text(json.dumps(score))
+    assert recorded_fid(model, GridConfig(models=["x"], num_steps=2).drawing) == "FID 7.50 (2,000)\nsame digit 96%"
     guided = GridConfig(models=["x"], num_steps=2, guidance_scale=2.0, null_class=0)
     assert recorded_fid(model, guided.drawing) == "", "of other guidance"
     picture = matplotlib.image.imread(output)
@@ -74,7 +138,7 @@ def test_grid_labels_rows_with_recorded_scores(teacher_folder, student_folder, t
 def test_a_released_student_draws_and_brings_its_config_and_score(name):
     model = load_model(name, "integer")
     assert model.bits == name.upper()
-    assert recorded_fid(model, GridConfig(models=[name]).drawing).endswith("(10,000)")
+    assert "(10,000)" in recorded_fid(model, GridConfig(models=[name]).drawing)
     assert "weight_bits: " + name[1] in (model.folder / "config.yaml").read_text()
     images, _ = draw(model, DrawConfig(num_images=2, num_steps=3))
     assert images.float().std() > 20
@@ -160,8 +224,6 @@ def test_a_damaged_student_gets_one_line(student_folder, damage, tmp_path, capsy
 
 
 def test_the_released_teacher_draws_digits():
-    import torch
-
     from ddpm_mnist.sampler import SamplerConfig, Solver, sample
     from eval.metrics import measure
 
