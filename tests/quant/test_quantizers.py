@@ -91,8 +91,9 @@ def test_the_search_for_weights_finds_what_scipy_finds(weight_bits):
     searched = (quantizer(weight) - weight).square().sum(1).tolist()
 
     def error(scale, row):
-        levels = scale * np.array(quantizer.codes)
-        return np.abs(row[:, None] - levels).min(1).dot(np.abs(row[:, None] - levels).min(1))
+        codes = np.array(quantizer.codes)
+        nearest = codes[np.searchsorted((codes[1:] + codes[:-1]) / 2, row / scale)]
+        return np.square(nearest * scale - row).sum()
 
     for row, ours in zip(weight.double().numpy(), searched, strict=True):
         bound = np.abs(row).max() / -quantizer.qmin

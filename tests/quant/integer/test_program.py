@@ -108,17 +108,18 @@ def test_few_bits_run_as_the_simulation_from_the_disk(weight_bits, act_bits, tmp
         assert torch.equal(to_integer(QuantizedUNet.from_pretrained(tmp_path), isa)(x, 700).sample, expected)
 
 
-@pytest.mark.parametrize(("weight_bits", "fan_in"), [(1, 4_210_752), (1.58, 4_210_752), (2, 2_105_376), (8, 32_896)])
-def test_sums_that_leave_32_bits_are_refused(weight_bits, fan_in):
-    """Twice 255 times the largest weight, so many times: from 2³¹ on."""
-    for size in (fan_in, fan_in + 1):
-        layer = QuantLinear(nn.Linear(size, 1), weight_bits, 8, 1, Clock([0]))
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits", "fan_in"),
+    [(1, 8, 4_210_752), (1.58, 8, 4_210_752), (2, 8, 2_105_376), (8, 8, 32_896), (8, 2, 65_535)],
+)
+def test_sums_that_leave_32_bits_are_refused(weight_bits, act_bits, fan_in):
+    """Twice the largest weight times 255, or times the 128 that codes may be stored less: from 2³¹ on."""
+    layers = [QuantLinear(nn.Linear(size, 1), weight_bits, act_bits, 1, Clock([0])) for size in (fan_in, fan_in + 1)]
+    for layer in layers:
         layer.freeze()
-        if size == fan_in:
-            IntegerLayer(0, "", layer, 0, 0)
-        else:
-            with pytest.raises(ValueError, match=f"^last: sums of {size:,} products are too large for integers of 32"):
-                IntegerLayer(0, "last", layer, 0, 0)
+    IntegerLayer(0, "", layers[0], 0, 0)
+    with pytest.raises(ValueError, match=f"^last: sums of {fan_in + 1:,} products are too large for integers of 32"):
+        IntegerLayer(0, "last", layers[1], 0, 0)
 
 
 @pytest.mark.parametrize(
