@@ -1,7 +1,7 @@
 """Muon: the momentum of every weight matrix, made orthogonal (https://kellerjordan.github.io/posts/muon, 2024).
 
-torch.optim.Muon does the same for parameters of two dimensions, in bfloat16, which on a processor without such units costs
-as much as the rest of an update. This one takes convolutions too and works in float32.
+torch.optim.Muon does the same for parameters of two dimensions, in bfloat16, which on a processor without such units
+costs as much as the rest of an update. This one takes convolutions too and works in float32.
 """
 
 from collections.abc import Callable, Iterable

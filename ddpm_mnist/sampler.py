@@ -106,9 +106,9 @@ class Solver:
     """A linear solver: every step is x' = a·x + b·x0 + c·x0_prev + s·z.
 
     x0 = (u·x − v·y) / w, clipped as the schedule says, is what the denoiser's answer y implies: (x − σ_t·ε) / α_t for
-    an ε, which is multiplied by `eps_scale` first. x0_prev is the same of the step before, z fresh noise. DDIM (with the clipped model output, at any η) and
-    DPM-Solver++ (2M) are of this form, and samples of one batch may stand at different steps, which no scheduler of
-    diffusers allows.
+    an ε, which is multiplied by `eps_scale` first. x0_prev is the same of the step before, z fresh noise. DDIM (with
+    the clipped model output, at any η) and DPM-Solver++ (2M) are of this form, and samples of one batch may stand at
+    different steps, which no scheduler of diffusers allows.
 
     The numbers are worked out in float64 by exact operations, then rounded: the same bytes on every processor, which
     those of diffusers, float32 by vectorised functions, are not. The steps keep to one operation at a time for the same
@@ -141,7 +141,11 @@ class Solver:
             raise InputError(f"eps_scale is a factor on ε, and the model answers {self.schedule.prediction_type}")
         alpha, sigma = np.sqrt(alphas_cumprod[t]), np.sqrt(1 - alphas_cumprod[t])
         one, zero = np.ones_like(alpha), np.zeros_like(alpha)
-        rows = {"epsilon": (one, self.eps_scale * sigma, alpha), "v_prediction": (alpha, sigma, one), "sample": (zero, -one, one)}
+        rows = {
+            "epsilon": (one, self.eps_scale * sigma, alpha),
+            "v_prediction": (alpha, sigma, one),
+            "sample": (zero, -one, one),
+        }
         self._to_x0 = _to_tensor(np.stack(rows[self.schedule.prediction_type], axis=1))
         self._clip_range = self.schedule.clip_range(config.solver)
         self._alpha, self._sigma = _to_tensor(alpha), _to_tensor(sigma)

@@ -35,8 +35,8 @@ class EpsilonScalingScheduler(DPMSolverMultistepScheduler):
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
         # What diffusers' from_config takes over: it reads the names off the signature, where `options` hides them.
-        keys = inspect.signature(input_class.__init__).parameters.keys()
-        return set(keys | DPM_FIELDS if issubclass(input_class, EpsilonScalingScheduler) else keys)
+        keys = DPMSolverMultistepScheduler._get_init_keys(input_class)
+        return keys | DPM_FIELDS if issubclass(input_class, EpsilonScalingScheduler) else keys
 
     def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().step(self.config.eps_scale * model_output, *args, **kwargs)

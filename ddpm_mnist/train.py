@@ -100,14 +100,15 @@ def draw_batch(images: Tensor, batch_size: int, seed: int, update: int, rank: in
     index = torch.randint(len(images), (batch_size,), generator=generator)
     x0 = to_float(images[index])
     eps = torch.randn(x0.shape, generator=generator)
-    # One timestep from each of N equal parts: what a batch says of the loss varies less (arXiv 2107.00630, appendix I.1).
+    # One timestep from each of N equal parts: the loss of a batch varies less (arXiv 2107.00630, appendix I.1).
     place = torch.randperm(batch_size, generator=generator) + torch.rand(batch_size, generator=generator)
     return x0, eps, (place * (1000 / batch_size)).long().clamp(max=999)
 
 
 def make_optimizers(unet: nn.Module) -> tuple[Muon, torch.optim.Adam]:
     """Muon for the inner weights, Adam for the first and the last convolution, biases and normalisations."""
-    inner, rest = [], []
+    inner: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in unet.named_parameters():
         edge = name.startswith(("conv_in", "conv_out"))
         (rest if edge or parameter.dim() < 2 else inner).append(parameter)

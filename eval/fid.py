@@ -56,6 +56,7 @@ def score_images(
         num_images=len(images),
         num_steps=config.num_steps,
         solver=config.solver,
+        eps_scale=model.solver(config).eps_scale,
         eta=config.eta,
         labels=list(config.labels),
         guidance_scale=config.guidance_scale,

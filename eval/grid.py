@@ -64,12 +64,14 @@ def recorded_fid(model: Model, drawing: DrawConfig) -> str:
         scores = json.loads(path.read_text())
         score = scores[-1] if isinstance(scores, list) else scores
         of_classes = score.get("labels", []), score.get("guidance_scale", 1.0)  # not there for a model without
-        recorded = score["solver"], score["num_steps"], score["eta"], *of_classes
+        recorded = score["solver"], score["num_steps"], score.get("eps_scale", 1.0), score["eta"], *of_classes
         same_digit = score.get("same_digit")  # not there where nothing but FID was measured
         label = "" if score["fid"] is None else fid_label(score["fid"], score["num_images"], same_digit)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path} holds no scores: {error}") from error
-    now = drawing.solver, drawing.num_steps, drawing.eta, list(drawing.labels), drawing.guidance_scale
+    eps_scale = model.schedule.eps_scale if drawing.eps_scale is None else drawing.eps_scale
+    of_classes = list(drawing.labels), drawing.guidance_scale
+    now = drawing.solver, drawing.num_steps, eps_scale, drawing.eta, *of_classes
     return label if recorded == now else ""
 
 

@@ -342,6 +342,8 @@ class Score:
     num_images: int
     num_steps: int
     solver: str
+    eps_scale: float
+    """What ε was multiplied with in sampling."""
     eta: float
     labels: list[int]
     """The classes in turn; empty: all of them, or a model without."""

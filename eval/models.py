@@ -40,7 +40,7 @@ class Model:
     """`answer = denoiser(x_t, t).sample`"""
     schedule: Schedule
     """What it was trained for."""
-    weight_bits: int = 32
+    weight_bits: float = 32
     """32 for full precision; for a student the bits of its inner layers."""
     act_bits: int = 32
     folder: Path | None = None

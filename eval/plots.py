@@ -83,7 +83,7 @@ def bits_chart(rows: Sequence[Row], baselines: Sequence[str]) -> Figure:
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
     students = [row for row in rows if row.bits != "32" and row.num_steps == rows[0].num_steps]
-    whole = [row for row in students if _is_whole(row)]
+    whole = [row for row in students if is_whole(row)]
     others = [row for row in students if row.name in baselines]
 
     places = sorted({row.bits for row in whole + others}, key=lambda bits: (bits_product(bits), bits))
@@ -109,7 +109,7 @@ def cost_chart(rows: Sequence[Row]) -> Figure:
     axis.plot([row.milliseconds for row in teacher], [row.fid for row in teacher], "o-", color="black", label="teacher")
     # Of the students of the base's number of steps, those that are the full method at their bits.
     for row in rows:
-        if row.bits != "32" and (row.num_steps != rows[0].num_steps or _is_whole(row)):
+        if row.bits != "32" and (row.num_steps != rows[0].num_steps or is_whole(row)):
             axis.plot(row.milliseconds, row.fid, "o", color="C0")
             label = row.bits if row.name == row.bits.lower() else f"{row.name} {row.bits}"
             axis.annotate(label, (row.milliseconds, row.fid), (4, 3), textcoords="offset points", fontsize=6)
@@ -139,7 +139,7 @@ def errors_chart(paths: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def _is_whole(row: Row) -> bool:
+def is_whole(row: Row) -> bool:
     """Whether it is the full method, at its bits."""
     return row.name in ("full", row.bits.lower())
 

@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from eval.metrics import Score
@@ -141,8 +142,14 @@ def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
     ]
 
 
-def markdown(rows: Sequence[Row], num_images: int, seed: int, solver: str) -> str:
-    """`rows` as a table in Markdown."""
+def markdown(
+    rows: Sequence[Row], num_images: int, seed: int, solver: str, names: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """`rows` as a table in Markdown.
+
+    Args:
+        names: other names that some rows go by.
+    """
     headings = ["rung", "bits", "steps", "distillations", "FID", "ratio", "FID, second network", "same digit"]
     headings += ["precision", "recall", "KID", "MSE to teacher", "FID to teacher", "ms per image"]
     lines = [
@@ -154,7 +161,8 @@ def markdown(rows: Sequence[Row], num_images: int, seed: int, solver: str) -> st
         "|---|---|" + "---:|" * (len(headings) - 2),
     ]
     for row in rows:
-        cells = [row.name, row.bits, str(row.num_steps), "" if row.bits == "32" else str(row.count)]
+        name = f"{row.name} ({names[row.name]})" if row.name in names else row.name
+        cells = [name, row.bits, str(row.num_steps), "" if row.bits == "32" else str(row.count)]
         cells += [_spread(row.fid, row.spread, 2), number(row.ratio, 2)]
         cells += [_spread(row.fid_second, row.fid_second_spread, 2), _spread(row.same_digit, row.same_digit_spread, 3)]
         cells += [number(row.precision, 3), number(row.recall, 3), number(row.kid, 4), number(row.mse_to_teacher, 4)]

@@ -50,7 +50,7 @@ class Rung(NamedTuple):
     """0: as the base samples."""
 
 
-def bits(weight_bits: int, act_bits: int) -> Changes:
+def bits(weight_bits: float, act_bits: int) -> Changes:
     return {"student.weight_bits": weight_bits, "student.act_bits": act_bits}
 
 
@@ -91,11 +91,28 @@ RUNGS: dict[str, Rung] = {
     "w3a3": Rung(bits(3, 3)),
     "w2a8": Rung(bits(2, 8)),
     "w2a4": Rung(bits(2, 4), repeated=True),
+    "w2a3": Rung(bits(2, 3)),
+    "w2a2": Rung(bits(2, 2)),
+    "w1.58a4": Rung(bits(1.58, 4)),
+    "w1.58a2": Rung(bits(1.58, 2)),
+    "w1a4": Rung(bits(1, 4)),
     # Other numbers of steps: the student of T steps, then students that were made for fewer.
     "full-10-steps": Rung(of="full", num_steps=10),
     "full-40-steps": Rung(of="full", num_steps=40),
     "for-10-steps": Rung({"sampler.num_steps": 10, "teacher_steps": 2}, num_steps=10),
     "for-5-steps": Rung({"sampler.num_steps": 5, "teacher_steps": 4}, num_steps=5),
+}
+
+# The seven steps of a quantized diffusion model, one upon the other, and the rungs that they are. The teacher is always
+# there. Each step but the first two is learned without data already, since the paper has no other way.
+STEPS = {
+    "step1": "teacher",
+    "step2": "ptq-min-max",
+    "step3": "qalora",
+    "step4": "scale-aware",
+    "step5": "talsq",
+    "step6": "rollout",
+    "step7": "full",
 }
 
 # The teacher's own rows: numbers of steps beside the base's.
@@ -115,7 +132,7 @@ class LadderConfig:
     output: Path = Path("runs/ladder")
     """Folder for a run folder per rung and seed, and for the tables and pictures."""
     rungs: tuple[str, ...] = tuple(RUNGS)
-    """Rungs to climb; one that is finished is not run again."""
+    """Rungs to climb, also by the names of `STEPS`; one that is finished is not run again."""
     seeds: int = 3
     """Distillations of those rungs whose spread is told; of the others there is one."""
     teacher_steps: tuple[int, ...] = TEACHER_STEPS
@@ -124,10 +141,11 @@ class LadderConfig:
     """The full method; every rung changes a part of it. Its runtime and grid_columns serve all rungs."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.rungs if name not in RUNGS]
+        named = self._named()
+        unknown = [name for name in named if name not in (*RUNGS, "teacher")]
         if unknown:
-            raise ValueError(f"no rung {unknown[0]}; there are {', '.join(RUNGS)}")
-        if not self.rungs or len(set(self.rungs)) < len(self.rungs):
+            raise ValueError(f"no rung {unknown[0]}; there are {', '.join((*RUNGS, *STEPS))}")
+        if not named or len(set(named)) < len(named):
             raise ValueError(f"rungs must name different rungs, at least one, not {list(self.rungs)}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
@@ -136,9 +154,17 @@ class LadderConfig:
             if num_steps < 1:
                 raise ValueError(f"teacher_steps must be at least 1, not {num_steps}")
             _drawing(self.base, num_steps)
-        for name in self.rungs:
+        for name in self.students:
             for number in range(self.seeds if RUNGS[name].repeated else 1):
                 rung_config(self.base, name, self.output, number)
+
+    def _named(self) -> list[str]:
+        return [STEPS.get(name, name) for name in self.rungs]
+
+    @property
+    def students(self) -> list[str]:
+        """The rungs by their names in `RUNGS`, without the teacher."""
+        return [name for name in self._named() if name != "teacher"]
 
 
 def climb(config: LadderConfig) -> Path:
@@ -154,7 +180,7 @@ def climb(config: LadderConfig) -> Path:
     _refuse_unmeasured(teacher, ruler)
     for num_steps in (0, *config.teacher_steps):
         teacher.solver(_drawing(base, num_steps))  # refuses what does not fit, before anything long starts
-    for name in config.rungs:
+    for name in config.students:
         teacher.solver(rung_config(base, name, config.output).sampler)
         teacher.solver(_drawing(base, RUNGS[name].num_steps))
     reference, _ = _images(config.output / "teacher", teacher, _drawing(base, 0))
@@ -165,7 +191,8 @@ def climb(config: LadderConfig) -> Path:
         scores.append(
             _score(folder, dataclasses.replace(teacher, name=name), _drawing(base, num_steps), reference, ruler)
         )
-    for name in config.rungs:
+    _write_tables(config, scores)
+    for name in config.students:
         rung = RUNGS[name]
         for number in range(config.seeds if rung.repeated else 1):
             folder = config.output / name / str(base.seed + number)
@@ -250,7 +277,9 @@ def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Ten
         write_json(path, {**score, **origin})
     score = json.loads(path.read_text())
     now = {name: getattr(drawing, name) for name in ("num_images", "num_steps", "seed", "solver", "guidance_scale")}
-    for name, value in {**now, "runtime": model.runtime, "features": ruler.digest, **origin}.items():
+    now |= {"eps_scale": model.solver(drawing).eps_scale, "runtime": model.runtime, "features": ruler.digest}
+    now |= {"features_second": ruler.second.digest if ruler.second else "none", **origin}
+    for name, value in now.items():
         if score.get(name) != value:
             then = score.get(name)
             raise InputError(f"{path} has {name} = {then}, now it is {value}: delete it and {folder / IMAGES}")
@@ -260,18 +289,19 @@ def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Ten
 def _write_tables(config: LadderConfig, scores: list[dict[str, Any]]) -> None:
     base = config.base
     write_json(config.output / "ladder.json", scores)
-    text = markdown(summarise_scores(scores), base.num_images, base.score_seed, base.sampler.solver)
+    steps = {rung: step for step, rung in STEPS.items()}
+    text = markdown(summarise_scores(scores), base.num_images, base.score_seed, base.sampler.solver, steps)
     write_text(config.output / "ladder.md", text)
 
 
-def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str, Any]]) -> None:
+def _write_pictures(config: LadderConfig, teacher: Model, measured: list[dict[str, Any]]) -> None:
     """Of every rung its first distillation is shown."""
-    base, folder, rows = config.base, config.output, summarise_scores(scores)
+    base, folder, rows = config.base, config.output, summarise_scores(measured)
 
     def place(row: Row) -> Path:
         return folder / row.name if row.bits == "32" else folder / row.name / str(base.seed)
 
-    grid, paths, digit = [], {}, []
+    grid, widths, paths, digit = [], [], {}, []
     for row in rows:
         rung = RUNGS.get(row.name, Rung())
         made = folder / (rung.of or row.name) / str(base.seed)
@@ -279,8 +309,10 @@ def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str,
         images, _ = _images(place(row), model, _drawing(base, row.num_steps))
         steps = "" if row.num_steps == base.sampler.num_steps else f", {row.num_steps} steps"
         mean = "mean " if row.count > 1 else ""
-        label = f"{row.name} · {row.bits}{steps}\n{mean}{fid_label(row.fid, base.num_images)}"
-        grid.append((label, images[: base.grid_columns]))
+        scores = fid_label(row.fid, base.num_images, None if row.bits == "32" else row.same_digit)
+        grid.append((f"{row.name} · {row.bits}{steps}\n{mean}{scores}", images[: base.grid_columns]))
+        if row.name == "teacher" or (plots.is_whole(row) and not steps):
+            widths.append((f"{'teacher' if row.bits == '32' else row.bits}\n{scores}", images[: base.grid_columns]))
         if row.num_steps == base.sampler.num_steps:
             # From noise that neither scoring nor, unless it was asked for this very seed, distillation uses.
             solver, at = teacher.solver(base.sampler), model.denoiser.device
@@ -291,12 +323,13 @@ def _write_pictures(config: LadderConfig, teacher: Model, scores: list[dict[str,
                 digit.append((label, to_uint8(paths[label][0])))
     figures = {
         "grid": plots.image_grid(grid),
+        "widths": plots.image_grid(widths),
         "rungs": plots.rungs_chart(rows),
-        "bits": plots.bits_chart(rows, BASELINES),
         "cost": plots.cost_chart(rows),
-        "errors": plots.errors_chart(paths),
         "digit": plots.image_grid(digit),
     }
+    if config.students:
+        figures |= {"bits": plots.bits_chart(rows, BASELINES), "errors": plots.errors_chart(paths)}
     for row in rows:
         if row.name in SHOWN:
             student = QuantizedUNet.from_pretrained(place(row))

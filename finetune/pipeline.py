@@ -273,7 +273,7 @@ def run(config: RunConfig) -> Path:
     for model, (images, seconds) in zip(models, drawn, strict=True):
         scores.append(score_images(model, images, seconds, teacher_images, drawing, ruler))
         fid = scores[-1].fid
-        label = row_label(model, "" if fid is None else fid_label(fid, config.num_images))
+        label = row_label(model, "" if fid is None else fid_label(fid, config.num_images, scores[-1].same_digit))
         rows.append((label, images[: config.grid_columns]))
     write_json(config.output / "metrics.json", [dataclasses.asdict(score) for score in scores])
 
@@ -296,11 +296,12 @@ def run(config: RunConfig) -> Path:
         title=_title(config, models[-1].bits),
         facts=_facts(config, made, log[-1]["seconds"] if log else 0.0),
         scores=scores,
+        floor=ruler.floor,
         layers=layers,
         config=(config.output / "config.yaml").read_text(),
         **figures,
     )
-    print_scores(scores)
+    print_scores(scores, ruler.floor)
     print("Bits:", ", ".join(f"{key} {macs:.1%} of the MACs" for key, (_, macs) in shares(layers).items()))
     print(f"Pictures: {', '.join(str(config.output / f'{name}.png') for name in figures)}")
     print(f"Report:   {config.output / 'report.html'}")

@@ -130,6 +130,8 @@ def test_grid_labels_rows_with_recorded_scores(teacher_folder, student_folder, t
     assert recorded_fid(model, GridConfig(models=["x"], num_steps=2).drawing) == "FID 7.50 (2,000)\nsame digit 96%"
     guided = GridConfig(models=["x"], num_steps=2, guidance_scale=2.0, null_class=0)
     assert recorded_fid(model, guided.drawing) == "", "of other guidance"
+    scaled = GridConfig(models=["x"], num_steps=2, eps_scale=1.05)
+    assert recorded_fid(model, scaled.drawing) == "", "of another factor on ε"
     picture = matplotlib.image.imread(output)
     assert picture[..., :3].std() > 0.05
 

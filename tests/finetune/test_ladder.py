@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import shutil
@@ -47,19 +48,23 @@ def test_the_ladder_writes_tables_and_pictures(config_path, tmp_path, capsys):
     assert {score["weight_bits"] for score in scores if score["model"] == "w2a4"} == {2}
     table = (folder / "ladder.md").read_text()
     assert "| w2a4 | W2A4 | 3 | 3 |" in table
+    assert "| talsq (step5) | W4A4 | 3 | 1 |" in table
     assert "| full-10-steps | W4A4 | 10 | 1 |" in table
-    for name in ("grid", "rungs", "bits", "cost", "errors", "digit", "step_sizes_w2a4"):
+    for name in ("grid", "widths", "rungs", "bits", "cost", "errors", "digit", "step_sizes_w2a4"):
         assert matplotlib.image.imread(folder / f"{name}.png")[..., :3].std() > 0.03, name
 
     # A finished rung is not run again, a new one is added.
     before = (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns
-    run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["talsq", "in-order"]'])
+    run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["step5", "in-order"]'])
     assert (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns == before
     assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][2:] == ["talsq", "in-order"]
+    run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["step1"]'])
+    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())] == ["teacher", "teacher-2-steps"]
 
 
 def test_a_row_is_the_mean_over_the_distillations_with_their_spread():
     score = {"weight_bits": 32, "act_bits": 32, "kid": 0.0, "mse_to_teacher": 0.0, "fid_to_teacher": 0.0}
+    score |= dict.fromkeys(("fid_second", "precision", "recall", "same_digit"), 0.5)
     score |= {"num_images": 100, "seconds": 5.0, "num_steps": 20}
     scores = [{**score, "model": "teacher", "fid": 2.0}]
     scores += [{**score, "model": "w4a4", "weight_bits": 4, "act_bits": 4, "fid": fid} for fid in (3.0, 4.0, 5.0)]
@@ -73,7 +78,8 @@ def test_a_row_is_the_mean_over_the_distillations_with_their_spread():
 
 def test_bits_stand_in_the_order_of_their_product():
     names = [("teacher", "32"), ("full", "W4A4"), ("w2a8", "W2A8"), ("w2a4", "W2A4"), ("ptq", "W4A4"), ("lsq", "W4A4")]
-    rows = [Row(name, bits, 20, 1, 2.0 + i, math.nan, 1, 0, 0, 0, 1) for i, (name, bits) in enumerate(names)]
+    rest = {field.name: math.nan for field in dataclasses.fields(Row)} | {"num_steps": 20, "count": 1}
+    rows = [Row(**{**rest, "name": name, "bits": bits, "fid": 2.0 + i}) for i, (name, bits) in enumerate(names)]
     axis = plots.bits_chart(rows, ["ptq"]).axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["W2A4", "W2A8", "W4A4"]
     places = {text.get_text(): text.xy for text in axis.texts}
@@ -134,7 +140,7 @@ def test_images_of_another_scheduler_are_refused(config_path, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--rungs", '["moon"]'], "no rung moon; there are ptq-min-max, ptq-error"),
-        (["--rungs", '["full", "full"]'], "rungs must name different rungs, at least one"),
+        (["--rungs", '["full", "step7"]'], "rungs must name different rungs, at least one"),
         (["--rungs", "[]"], "rungs must name different rungs, at least one"),
         (["--seeds", "0"], "seeds must be at least 1, not 0"),
         (["--teacher_steps", "[0]"], "teacher_steps must be at least 1, not 0"),

@@ -118,7 +118,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--student.weight_bits", "1"], "weight_bits must lie in 2…8, not 1"),
+        (["--student.weight_bits", "0"], "weight_bits must be 1, 1.58 or lie in 2…8, not 0"),
         (["--student.act_bits", "40"], "act_bits must lie in 2…8, not 40"),
         (["--student.wieght_bits", "4"], "wieght_bits"),
         (
