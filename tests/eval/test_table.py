@@ -17,7 +17,15 @@ def make_score(model="student", weight_bits=4.0, act_bits=4, num_images=10_000, 
     """A score in which everything is 0.5 ± 0.04, but for `values`."""
     fields = dict.fromkeys((*OF_IMAGES, *TO_TEACHER), 0.5)
     fields |= {f"{name}_interval": [0.46, 0.54] for name in (*OF_IMAGES, *TO_TEACHER)}
-    rest = {"num_steps": 20, "solver": "dpm++", "eps_scale": 1.0, "eta": 0.0, "labels": [], "guidance_scale": 1.0, "seed": 0}
+    rest = {
+        "num_steps": 20,
+        "solver": "dpm++",
+        "eps_scale": 1.0,
+        "eta": 0.0,
+        "labels": [],
+        "guidance_scale": 1.0,
+        "seed": 0,
+    }
     rest |= {"seconds": 8.0, "features": "abc", "features_second": "def", "runtime": "integer"}
     return Score(model, weight_bits, act_bits, num_images=num_images, **{**fields, **rest, **values})
 
