@@ -16,6 +16,7 @@ from ddpm_mnist import InputError
 from ddpm_mnist.exact import Array, log
 from ddpm_mnist.noise import draw_noise, image_generators
 from ddpm_mnist.schedule import Schedule, house_schedule
+from ddpm_mnist.scheduler import check_eps_scale
 
 # Seeds of images lie in 0…2^31 - 1; as many more, from there on, belong to training.
 SEED_LIMIT = 1 << 31
@@ -55,8 +56,8 @@ class SamplerConfig:
             raise ValueError(f'solver must be "ddim" or "dpm++", not "{self.solver}"')
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {self.num_steps}")
-        if self.eps_scale is not None and not 0 < self.eps_scale < float("inf"):
-            raise ValueError(f"eps_scale must be a positive number, not {self.eps_scale}")
+        if self.eps_scale is not None:
+            check_eps_scale(self.eps_scale)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {self.eta}")
         if self.eta and self.solver != "ddim":

@@ -77,6 +77,14 @@ class Schedule:
         """What ε is multiplied with in sampling: see `EpsilonScalingScheduler`."""
         return float(self.fields.get("eps_scale", 1.0))
 
+    def scaled(self, eps_scale: float) -> dict[str, Any]:
+        """The config of a scheduler like this one with that factor on ε."""
+        if eps_scale == self.eps_scale:
+            return dict(self.config)
+        clips = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
+        clips = clips if self.clip_range("dpm++") == 1 else {}
+        return {**self.config, **clips, "_class_name": EpsilonScalingScheduler.__name__, "eps_scale": eps_scale}
+
     def clip_range(self, solver: str) -> float | None:
         """The largest |x0| that sampling lets through, or None. A file that is silent: what diffusers' solver does."""
         if self.fields.get("thresholding"):

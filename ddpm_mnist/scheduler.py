@@ -15,6 +15,13 @@ __all__ = ["EpsilonScalingScheduler", "SchedulerMixin"]
 DPM_FIELDS = inspect.signature(DPMSolverMultistepScheduler).parameters.keys()
 
 
+def check_eps_scale(eps_scale: Any) -> None:
+    """ValueError for what is no factor on ε."""
+    number = isinstance(eps_scale, int | float) and not isinstance(eps_scale, bool)
+    if not number or not 1e-6 <= eps_scale < float("inf"):
+        raise ValueError(f"eps_scale must be a number of at least 1e-06, not {eps_scale!r}")
+
+
 class EpsilonScalingScheduler(DPMSolverMultistepScheduler):
     """DPM-Solver++ that multiplies the network's ε before each step.
 
@@ -22,11 +29,15 @@ class EpsilonScalingScheduler(DPMSolverMultistepScheduler):
     one factor takes much of it back (epsilon scaling, Ning et al., arXiv 2308.15321).
 
     Args:
-        eps_scale: the factor.
+        eps_scale: the factor, at least 1e-6.
         options: those of `DPMSolverMultistepScheduler`; prediction_type must be "epsilon".
+
+    Raises:
+        ValueError: one of them is something else.
     """
 
     def __init__(self, eps_scale: float = 1.0, **options: Any):
+        check_eps_scale(eps_scale)
         super().__init__(**options)
         self.register_to_config(eps_scale=eps_scale)
         if self.config.prediction_type != "epsilon":

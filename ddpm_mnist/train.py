@@ -18,6 +18,7 @@ from ddpm_mnist.data import load_images
 from ddpm_mnist.muon import Muon
 from ddpm_mnist.runs import RunState, progress, update_generator
 from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
+from ddpm_mnist.scheduler import check_eps_scale
 from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
 
 
@@ -62,7 +63,8 @@ class TeacherConfig:
     """Updates between two grids of samples, `samples/<update>.png`."""
 
     def __post_init__(self) -> None:
-        positive = ("eps_scale", "total_updates", "batch_size", "learning_rate", "max_grad_norm", "snr_gamma")
+        check_eps_scale(self.eps_scale)
+        positive = ("total_updates", "batch_size", "learning_rate", "max_grad_norm", "snr_gamma")
         for name in (*positive, "log_every", "save_every", "grid_every"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -134,7 +136,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     fingerprint = dataclasses.asdict(config)
     for free in ("output", "eps_scale", "log_every", "save_every", "grid_every"):
         del fingerprint[free]
-    run = RunState(config.output, fingerprint)
+    run = RunState(config.output, {**fingerprint, "optimizer": "muon"})
     images = load_images(config.data, "train", config.image_size)
     if len(images) < config.batch_size:
         raise InputError(
@@ -199,7 +201,7 @@ def train_teacher(config: TeacherConfig) -> Path:
             if accelerator.is_main_process and (done % config.grid_every == 0 or last):
                 ema.store(unet.parameters())
                 ema.copy_to(unet.parameters())
-                whole, solver = accelerator.unwrap_model(unet), Solver(SamplerConfig())
+                whole, solver = accelerator.unwrap_model(unet), Solver(SamplerConfig(eps_scale=config.eps_scale))
                 pictures = sample(whole, solver, num_images=64, device=accelerator.device)
                 (config.output / "samples").mkdir(exist_ok=True)
                 save_image((to_float(pictures) + 1) / 2, config.output / "samples" / f"{done:06d}.png")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import prepare_output
+from ddpm_mnist.runs import prepare_output, write_json
 from eval.models import load_model
 from quant import QuantizedUNet
 from quant.export import export_onnx
@@ -19,7 +19,7 @@ class ExportConfig:
     format: str = "onnx"
     """"onnx": a graph for ONNX Runtime and others. "packed": a student's weights in their real bits."""
     output: Path = Path("exported")
-    """Folder for model.onnx, or for model.safetensors and config.json."""
+    """Folder for model.onnx, or for model.safetensors and config.json; and for scheduler/, which samples with it."""
 
     def __post_init__(self) -> None:
         if self.format not in ("onnx", "packed"):
@@ -48,6 +48,7 @@ def export(config: ExportConfig) -> Path:
             export_onnx(model.denoiser, path)
         except ValueError as error:
             raise InputError(f'"{config.model}" cannot be exported: {error}') from error
+    write_json(config.output / "scheduler" / "scheduler_config.json", dict(model.schedule.config))
     print(f"{config.model}, {model.bits}, in {path} ({path.stat().st_size:,} bytes)")
     return path
 

@@ -224,6 +224,8 @@ def load_ruler(features: Path | str | None = None, reference: str | None = None)
             raise InputError(f"{folder}: the second network is of {second.data}, the first of {ruler.data}")
     try:
         floor = json.loads((folder / "features.json").read_text()).get("floor")
+        if floor is not None and not isinstance(floor.get("num_images"), int):
+            raise ValueError("its floor is of no number of images")
     except FileNotFoundError:
         floor = None
     except (ValueError, AttributeError) as error:

@@ -17,7 +17,7 @@ from eval.features import Ruler, load_ruler
 from eval.metrics import Score, measure
 from eval.models import Model, load_model
 from eval.sample import DrawConfig, draw
-from eval.table import floor_note, score_table
+from eval.table import drawn, floor_note, score_table
 from eval.train_features import classifier_accuracy, load_sets
 
 
@@ -69,9 +69,10 @@ def score_images(
 def print_scores(scores: list[Score], floor: dict[str, Any] | None = None) -> None:
     """The table of `scores`, a column each; `floor`: the ruler's, None if it has none."""
     first = scores[0]
-    drawn = f"{first.num_images:,} images, {first.solver} in {first.num_steps} steps, seed {first.seed}"
     headings, rows = score_table(scores, floor)
-    table = Table(title=f"{drawn}, ruler {first.features}", caption=f"± 95% interval. {floor_note(scores, floor)}")
+    table = Table(
+        title=f"{drawn(first)}, ruler {first.features}", caption=f"± 95% interval. {floor_note(scores, floor)}"
+    )
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
@@ -91,9 +92,9 @@ def print_fid(config: FidConfig) -> Score:
     ruler = load_ruler(config.features, config.reference)
     for each in (model, teacher):
         each.solver(config)  # refuses what does not fit
-    sets = load_sets(ruler, config.num_images) if config.classifier else {}
-    if sets and model.shape != (1, *(ruler.shape or ())):
+    if config.classifier and ruler.shape is not None and model.shape != (1, *ruler.shape):
         raise InputError(f"classifier needs a ruler of images of {model.shape}: --features names another")
+    sets = load_sets(ruler, config.num_images) if config.classifier else {}
     prepare_output(config.output)
     images, seconds = draw(model, config)
     teacher_images = images if config.model == config.teacher else draw(teacher, config)[0]

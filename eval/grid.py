@@ -10,7 +10,7 @@ from ddpm_mnist.command import run_command
 from ddpm_mnist.runs import prepare_output, write_bytes
 from ddpm_mnist.sampler import SamplerConfig
 from eval.features import load_ruler
-from eval.metrics import fid_to_reference
+from eval.metrics import Sums, fid_of_sums
 from eval.models import Model, load_model
 from eval.plots import image_grid, to_png
 from eval.sample import DrawConfig, draw
@@ -105,7 +105,7 @@ def draw_models(config: GridConfig) -> Path:
                     f"num_images must be 0: the ruler {ruler.digest} has no FID of images of {model.shape}"
                 )
             features, _ = ruler.extract(images[: config.num_images])
-            fid = fid_label(fid_to_reference(features, ruler.reference).value, config.num_images)
+            fid = fid_label(fid_of_sums(Sums.of(features), Sums.kept(ruler.reference)), config.num_images)
         else:
             fid = recorded_fid(model, config.drawing)
         rows.append((row_label(model, fid), images[: config.columns]))

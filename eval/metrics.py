@@ -27,6 +27,10 @@ NEIGHBOURS = 3
 CELLS = 10_000_000
 # Groups of consecutive images that are left out in turn, where there are at least two images for each.
 NUM_GROUPS = 20
+# Of Student's t with 19 degrees of freedom, for 95% between minus this and this.
+QUANTILE = 2.093
+# Beyond as many features an interval of FID takes minutes: there is none.
+MAX_FEATURES = 512
 
 
 def _halvings() -> list[tuple[list[int], list[int]]]:
@@ -53,7 +57,7 @@ class Estimate(NamedTuple):
     @property
     def interval(self) -> list[float] | None:
         """[low, high], 95% under a normal distribution; not cut off at 0 or 1."""
-        return None if self.error is None else [self.value + sign * 1.96 * self.error for sign in (-1, 1)]
+        return None if self.error is None else [self.value + sign * QUANTILE * self.error for sign in (-1, 1)]
 
 
 def split(values: Tensor) -> tuple[Tensor, ...]:
@@ -141,6 +145,8 @@ def fid_of_sums(ours: Sums, theirs: Sums) -> float:
 def fid_to_reference(features: Tensor, reference: dict[str, Tensor]) -> Estimate:
     """FID of features (N, D), N ≥ 2, against the sums of `load_reference`, which stay as they are."""
     ours, theirs, parts = Sums.of(features), Sums.kept(reference), split(features)
+    if features.shape[1] > MAX_FEATURES:
+        return Estimate(fid_of_sums(ours, theirs), None)
     error = jackknife(len(parts), lambda i: fid_of_sums(ours.without(Sums.of(parts[i])), theirs))
     return Estimate(fid_of_sums(ours, theirs), error)
 
@@ -148,6 +154,8 @@ def fid_to_reference(features: Tensor, reference: dict[str, Tensor]) -> Estimate
 def fid_between(features: Tensor, others: Tensor) -> Estimate:
     """FID of features (N, D) against others (N, D) of the same noise, N ≥ 2: what is left out is left out of both."""
     ours, theirs, parts, other_parts = Sums.of(features), Sums.of(others), split(features), split(others)
+    if features.shape[1] > MAX_FEATURES:
+        return Estimate(fid_of_sums(ours, theirs), None)
 
     def without(i: int) -> float:
         return fid_of_sums(ours.without(Sums.of(parts[i])), theirs.without(Sums.of(other_parts[i])))
@@ -302,7 +310,8 @@ class Score:
     """One model's scores; every field travels into the JSON.
 
     `<name>_interval`: [low, high], which holds the mean score over all seeds at 95%, of as many images of the same
-    model: see `jackknife` and `precision_recall`. The ruler and its images are fixed. None for fewer than 40 images.
+    model: see `jackknife` and `precision_recall`. The ruler and its images are fixed. None for fewer than 40 images,
+    and of FID for more than 512 features. A share of 1 or 0 has one of no width: what never happened has no spread.
     """
 
     model: str

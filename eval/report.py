@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ddpm_mnist.runs import write_text
 from eval.metrics import Score
 from eval.plots import to_png
-from eval.table import floor_note, score_table
+from eval.table import drawn, floor_note, score_table
 from quant.summary import LayerSummary, shares
 
 
@@ -47,6 +47,7 @@ def write_report(
         "scores": scores,
         "headings": headings,
         "rows": rows,
+        "drawn": drawn(scores[0]),
         "floor_note": floor_note(scores, floor),
         "grid": embed(grid),
         "loss": embed(loss),

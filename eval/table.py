@@ -47,7 +47,7 @@ def score_table(scores: Sequence[Score], floor: dict[str, Any] | None) -> tuple[
 
     The ruler's floor is a column too, where it is of as many images.
     """
-    shown = floor if floor and floor["num_images"] == scores[0].num_images else None
+    shown = floor if floor and floor["num_images"] == scores[0].num_images and scores[0].fid is not None else None
     headings = ["", *(score.model for score in scores)]
     rows = [
         ["bits", *(bits_label(score.weight_bits, score.act_bits) for score in scores)],
@@ -66,9 +66,15 @@ def score_table(scores: Sequence[Score], floor: dict[str, Any] | None) -> tuple[
     return headings, rows
 
 
+def drawn(score: Score) -> str:
+    """How the images of a score were drawn."""
+    factor = "" if score.eps_scale == 1 else f", ε × {score.eps_scale:g}"
+    return f"{score.num_images:,} images, {score.solver} in {score.num_steps} steps{factor}, seed {score.seed}"
+
+
 def floor_note(scores: Sequence[Score], floor: dict[str, Any] | None) -> str:
     """The floor in a sentence, where it is of another number of images and so is no column; else nothing."""
-    if not floor or floor["num_images"] == scores[0].num_images:
+    if not floor or scores[0].fid is None or floor["num_images"] == scores[0].num_images:
         return ""
     of = "; ".join(f"{heading[:-2]} {number(floor[name], digits)}" for heading, name, digits in SCORES if name in floor)
     return f"The {floor['num_images']:,} real test images score {of}: a floor for as many images, not for these."
@@ -106,7 +112,6 @@ def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for score in scores:
         rows.setdefault(score["model"], []).append(score)
-    teacher = {score["num_steps"]: score["fid"] for score in scores if score["weight_bits"] == 32}
 
     def values(group: list[dict[str, Any]], key: str) -> list[float]:
         return [math.nan if score[key] is None else score[key] for score in group]
@@ -118,6 +123,7 @@ def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
         known = [value for value in values(group, key) if not math.isnan(value)]
         return statistics.stdev(known) if len(known) > 1 else math.nan
 
+    teacher = {score["num_steps"]: values([score], "fid")[0] for score in scores if score["weight_bits"] == 32}
     return [
         Row(
             name=name,

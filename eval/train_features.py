@@ -24,6 +24,9 @@ from eval.features import (
     SecondNetwork,
     extract,
     features_digest,
+    load_features,
+    load_reference,
+    load_ruler,
     reference_statistics,
 )
 from eval.metrics import measure_alone
@@ -123,7 +126,8 @@ def train_network(recipe: Recipe, config: FeaturesConfig, folder: Path, images: 
     if recipe is SECOND:
         del reference["kid_features"]
     save_file(network.state_dict(), folder / "features.safetensors")
-    features_digest.cache_clear()
+    for cached in (features_digest, load_features, load_reference, load_ruler):
+        cached.cache_clear()
     digest = features_digest(folder)
     save_file(reference, folder / "reference.safetensors", metadata={"features": digest, "data": config.data})
     return Ruler(network, reference, digest, config.data, network.shape)

@@ -103,8 +103,8 @@ RUNGS: dict[str, Rung] = {
     "for-5-steps": Rung({"sampler.num_steps": 5, "teacher_steps": 4}, num_steps=5),
 }
 
-# The seven steps of a quantized diffusion model, one upon the other, and the rungs that they are. The teacher is always
-# there. Each step but the first two is learned without data already, since the paper has no other way.
+# The seven steps from a teacher to the whole, and the rungs that they are. Between two of them the start may change as
+# well: step 3 begins from ranges by error, step 6 from split skips and corrected biases.
 STEPS = {
     "step1": "teacher",
     "step2": "ptq-min-max",
@@ -132,7 +132,7 @@ class LadderConfig:
     output: Path = Path("runs/ladder")
     """Folder for a run folder per rung and seed, and for the tables and pictures."""
     rungs: tuple[str, ...] = tuple(RUNGS)
-    """Rungs to climb, also by the names of `STEPS`; one that is finished is not run again."""
+    """Rungs to climb, also by the names of `STEPS`, "teacher" for none; one that is finished is not run again."""
     seeds: int = 3
     """Distillations of those rungs whose spread is told; of the others there is one."""
     teacher_steps: tuple[int, ...] = TEACHER_STEPS
@@ -144,7 +144,7 @@ class LadderConfig:
         named = self._named()
         unknown = [name for name in named if name not in (*RUNGS, "teacher")]
         if unknown:
-            raise ValueError(f"no rung {unknown[0]}; there are {', '.join((*RUNGS, *STEPS))}")
+            raise ValueError(f"no rung {unknown[0]}; there are {', '.join((*RUNGS, *STEPS, 'teacher'))}")
         if not named or len(set(named)) < len(named):
             raise ValueError(f"rungs must name different rungs, at least one, not {list(self.rungs)}")
         if self.seeds < 1:
@@ -191,7 +191,8 @@ def climb(config: LadderConfig) -> Path:
         scores.append(
             _score(folder, dataclasses.replace(teacher, name=name), _drawing(base, num_steps), reference, ruler)
         )
-    _write_tables(config, scores)
+    if not config.students:
+        _write_tables(config, scores)
     for name in config.students:
         rung = RUNGS[name]
         for number in range(config.seeds if rung.repeated else 1):
@@ -248,14 +249,17 @@ def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
     )
 
 
-def _origin(model: Model) -> dict[str, Any]:
-    """What decides the model's images beside the sampler: what is kept of others is not mixed with new ones."""
-    return {"weights": model.weights_digest(), "scheduler": model.schedule.fields, "noise": STREAM}
+def _origin(model: Model, drawing: DrawConfig) -> dict[str, Any]:
+    """What decides the model's images: what is kept of others is not mixed with new ones."""
+    names = ("num_images", "num_steps", "seed", "solver", "eta", "labels", "guidance_scale", "runtime")
+    drawn = {name: getattr(drawing, name) for name in names}
+    drawn |= {"labels": list(drawing.labels), "runtime": model.runtime, "eps_scale": model.solver(drawing).eps_scale}
+    return {**drawn, "weights": model.weights_digest(), "scheduler": model.schedule.fields, "noise": STREAM}
 
 
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
     """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
-    path, origin = folder / IMAGES, _origin(model)
+    path, origin = folder / IMAGES, _origin(model, drawing)
     if not path.exists():
         images, seconds = draw(model, drawing)
         content = io.BytesIO()
@@ -270,19 +274,20 @@ def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tens
 
 def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor, ruler: Ruler) -> dict[str, Any]:
     """The model's score against the teacher's images `reference`, measured once and kept in `folder`."""
-    path, origin = folder / "metrics.json", _origin(model)
+    path, origin = folder / "metrics.json", _origin(model, drawing)
     if not path.exists():
         images, seconds = _images(folder, model, drawing)
         score = dataclasses.asdict(score_images(model, images, seconds, reference, drawing, ruler))
         write_json(path, {**score, **origin})
-    score = json.loads(path.read_text())
-    now = {name: getattr(drawing, name) for name in ("num_images", "num_steps", "seed", "solver", "guidance_scale")}
-    now |= {"eps_scale": model.solver(drawing).eps_scale, "runtime": model.runtime, "features": ruler.digest}
-    now |= {"features_second": ruler.second.digest if ruler.second else "none", **origin}
-    for name, value in now.items():
-        if score.get(name) != value:
-            then = score.get(name)
-            raise InputError(f"{path} has {name} = {then}, now it is {value}: delete it and {folder / IMAGES}")
+    try:
+        score = json.loads(path.read_text())
+        then = {name: score.get(name) for name in score}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} holds no score: delete it ({error})") from error
+    second = ruler.second.digest if ruler.second else "none"
+    for name, now in {"features": ruler.digest, "features_second": second, **origin}.items():
+        if then.get(name) != now:
+            raise InputError(f"{path} has {name} = {then.get(name)}, now it is {now}: delete it to score anew")
     return score
 
 
@@ -290,7 +295,9 @@ def _write_tables(config: LadderConfig, scores: list[dict[str, Any]]) -> None:
     base = config.base
     write_json(config.output / "ladder.json", scores)
     steps = {rung: step for step, rung in STEPS.items()}
-    text = markdown(summarise_scores(scores), base.num_images, base.score_seed, base.sampler.solver, steps)
+    factor = "" if scores[0]["eps_scale"] == 1 else f", ε × {scores[0]['eps_scale']:g}"
+    solver = base.sampler.solver + factor
+    text = markdown(summarise_scores(scores), base.num_images, base.score_seed, solver, steps)
     write_text(config.output / "ladder.md", text)
 
 

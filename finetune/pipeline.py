@@ -106,7 +106,7 @@ class RunConfig:
     def teacher_sampler(self) -> SamplerConfig:
         """How the teacher fills the buffer."""
         if self.recipe == "published":
-            return dataclasses.replace(self.sampler, solver="ddim", eta=1.0)
+            return dataclasses.replace(self.sampler, solver="ddim", eta=1.0, eps_scale=1.0)
         return dataclasses.replace(self.sampler, num_steps=self.sampler.num_steps * self.teacher_steps)
 
 
@@ -186,7 +186,7 @@ def distill_student(config: RunConfig) -> Made:
         write_json(config.output / "gain.json", matched.record())
     stopwatch.lap("gain")
     student.save_pretrained(config.output)
-    write_json(config.output / "scheduler" / "scheduler_config.json", dict(teacher.schedule.config))
+    write_json(config.output / "scheduler" / "scheduler_config.json", teacher.schedule.scaled(solver.eps_scale))
     return Made(teacher, frozen_ptq, student, gain, stopwatch.seconds)
 
 
@@ -272,8 +272,8 @@ def run(config: RunConfig) -> Path:
     scores, rows = [], []
     for model, (images, seconds) in zip(models, drawn, strict=True):
         scores.append(score_images(model, images, seconds, teacher_images, drawing, ruler))
-        fid = scores[-1].fid
-        label = row_label(model, "" if fid is None else fid_label(fid, config.num_images, scores[-1].same_digit))
+        fid, same_digit = scores[-1].fid, None if model.weight_bits == 32 else scores[-1].same_digit
+        label = row_label(model, "" if fid is None else fid_label(fid, config.num_images, same_digit))
         rows.append((label, images[: config.grid_columns]))
     write_json(config.output / "metrics.json", [dataclasses.asdict(score) for score in scores])
 

@@ -28,7 +28,7 @@ MID_RISE = {1}
 def check_bits(name: str, bits: float, signed: bool) -> None:
     """ValueError that says `name` unless codes have such a width: an integer in 2…8, or `signed` also 1 or 1.58."""
     if not (type(bits) is int and (1 if signed else 2) <= bits <= 8) and not (signed and bits == TERNARY):
-        raise ValueError(f"{name} must {'be 1, 1.58 or ' if signed else ''}lie in 2…8, not {bits}")
+        raise ValueError(f"{name} must be {'1, 1.58 or ' if signed else ''}a whole number in 2…8, not {bits}")
 
 
 def code_range(bits: float, signed: bool) -> range:

@@ -12,6 +12,7 @@ from ddpm_mnist.noise import draw_noise, image_generators
 from ddpm_mnist.sampler import SamplerConfig, Solver, denoise, make_scheduler, sample
 from ddpm_mnist.schedule import house_schedule, read_schedule
 from ddpm_mnist.scheduler import EpsilonScalingScheduler
+from ddpm_mnist.train import TeacherConfig
 from ddpm_mnist.unet import make_sampling_scheduler, save_teacher
 from eval.models import load_model
 
@@ -54,6 +55,20 @@ def test_the_factor_is_that_of_a_network_with_a_larger_answer(unet, name):
     assert (ours - x).abs().max() < 5e-5
 
 
+def test_another_scheduler_takes_the_factor_and_samples_as_before():
+    schedule = read_schedule(json.loads(DDIMScheduler(beta_schedule="squaredcos_cap_v2").to_json_string()))
+    scaled = read_schedule(schedule.scaled(SCALE))
+    assert schedule.scaled(1.0) == schedule.config
+    for name in ("ddim", "dpm++"):
+        ours, theirs = Solver(SamplerConfig(name), scaled), Solver(SamplerConfig(name, eps_scale=SCALE), schedule)
+        assert torch.equal(ours.coefficients, theirs.coefficients)
+        x, eps = torch.randn(2, 20, 1, 4, 4)
+        x0 = [solver.predict_x0(torch.arange(20), x, eps) for solver in (ours, theirs)]
+        assert torch.equal(*x0)
+        assert x0[0].abs().max() == 1
+    assert EpsilonScalingScheduler.from_config(scaled.config).config.thresholding
+
+
 def test_a_scheduler_goes_to_disk_and_back(tmp_path):
     scheduler = make_sampling_scheduler(SCALE)
     scheduler.save_pretrained(tmp_path)
@@ -81,8 +96,9 @@ def test_what_diffusers_would_not_do_is_refused(change, message):
 
 
 def test_a_factor_is_positive_and_for_epsilon():
-    for value in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="eps_scale must be a positive number"):
-            SamplerConfig(eps_scale=value)
+    for value in (0.0, -1.0, 1e-9, float("nan"), float("inf")):
+        for take in (SamplerConfig, TeacherConfig, EpsilonScalingScheduler):
+            with pytest.raises(ValueError, match="eps_scale must be a number of at least 1e-06"):
+                take(eps_scale=value)
     with pytest.raises(ValueError, match="factor on ε"):
         EpsilonScalingScheduler(SCALE, prediction_type="sample")

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
-from ddpm_mnist.train import TeacherConfig, draw_batch, learning_rate, loss_weight, train_teacher
+from ddpm_mnist.train import (
+    TeacherConfig,
+    draw_batch,
+    learning_rate,
+    loss_weight,
+    make_optimizers,
+    train_teacher,
+)
 from ddpm_mnist.unet import UNetConfig, load_teacher, make_noise_schedule, make_unet
 
 RUN = """
@@ -68,6 +75,28 @@ def tiny(folder, **options):
 def draw_black(monkeypatch):
     images = torch.zeros(4, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr("ddpm_mnist.train.load_images", lambda data, split, size: images)
+
+
+def test_a_state_of_another_optimiser_is_refused(tmp_path, monkeypatch):
+    draw_black(monkeypatch)
+    train_teacher(tiny(tmp_path))
+    path = tmp_path / "state" / "latest.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["fingerprint"]["optimizer"]
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="was begun with optimizer = None, now it is muon"):
+        train_teacher(tiny(tmp_path))
+
+
+def test_muon_has_the_inner_weights_and_adam_all_else():
+    unet = make_unet(UNetConfig())
+    names = {parameter: name for name, parameter in unet.named_parameters()}
+    inner, rest = ({names[p] for group in opt.param_groups for p in group["params"]} for opt in make_optimizers(unet))
+    assert inner.isdisjoint(rest)
+    assert inner | rest == set(names.values())
+    assert {"conv_in.weight", "conv_out.weight", "conv_norm_out.weight", "mid_block.resnets.0.conv1.bias"} <= rest
+    assert {"mid_block.resnets.0.conv1.weight", "time_embedding.linear_1.weight"} <= inner
+    assert all(name.endswith("weight") and "norm" not in name for name in inner)
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path, monkeypatch):

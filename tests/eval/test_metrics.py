@@ -163,7 +163,7 @@ def test_the_error_of_a_mean_is_that_of_the_means_of_its_groups():
     assert estimate.error == pytest.approx(scipy.stats.sem(values.double().view(20, 20).mean(1).numpy()), rel=1e-9)
     low, high = estimate.interval
     assert (low + high) / 2 == pytest.approx(estimate.value)
-    assert high - low == pytest.approx(2 * 1.96 * estimate.error)
+    assert high - low == pytest.approx(2 * scipy.stats.t.ppf(0.975, 19) * estimate.error, rel=1e-3)
     assert mean(values[:39]).interval is None, "too few to tell"
     assert mean(values[:40]).interval is not None
 
@@ -321,6 +321,8 @@ def test_every_score_has_an_interval_around_it():
     for name in (*metrics.OF_IMAGES, *metrics.TO_TEACHER):
         low, high = score[f"{name}_interval"]
         assert (low + high) / 2 == pytest.approx(score[name], abs=1e-9)
+        share = name in ("precision", "recall", "same_digit")  # has no spread where it is 0 or 1
+        assert 0 < high - low < max(abs(score[name]), 1) or (share and score[name] in (0, 1) and high == low)
     few = measure(images[:39], others[:39])
     assert all(few[f"{name}_interval"] is None for name in (*metrics.OF_IMAGES, *metrics.TO_TEACHER))
     assert few["recall"] is not None

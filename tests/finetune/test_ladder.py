@@ -110,6 +110,25 @@ def test_a_score_of_another_teacher_is_refused(config_path, tmp_path, capsys):
         (tmp_path / "ladder" / "teacher" / "images.pt").unlink()
 
 
+def test_images_of_another_drawing_are_refused(config_path, tmp_path, capsys):
+    arguments = ["--config", str(config_path), "--rungs", '["step1"]']
+    run_command("prog", climb, LadderConfig, arguments)
+    teacher = tmp_path / "ladder" / "teacher"
+    (teacher / "metrics.json").unlink()  # as if it had been stopped while it scored
+    for option, name in (("sampler.eps_scale", "eps_scale"), ("score_seed", "seed")):
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", climb, LadderConfig, [*arguments, f"--base.{option}", "2"])
+        assert caught.value.code == 2
+        assert f"teacher/images.pt was drawn with {name} = " in capsys.readouterr().err
+    run_command("prog", climb, LadderConfig, arguments)
+    for content in ("[1]", "{"):
+        (teacher / "metrics.json").write_text(content)
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", climb, LadderConfig, arguments)
+        assert caught.value.code == 2
+        assert "teacher/metrics.json holds no score: delete it" in capsys.readouterr().err
+
+
 def test_every_rung_is_a_configuration_of_its_own(tmp_path):
     base = RunConfig()
     configs = [rung_config(base, name, tmp_path) for name, rung in RUNGS.items() if not rung.of]

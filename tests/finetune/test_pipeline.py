@@ -6,7 +6,10 @@ import yaml
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.sampler import SamplerConfig
+from ddpm_mnist.schedule import read_schedule
 from ddpm_mnist.unet import save_teacher
+from eval.export import ExportConfig, export
 from eval.models import load_model
 from finetune.pipeline import RunConfig, run
 from quant import freeze
@@ -118,8 +121,8 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--student.weight_bits", "0"], "weight_bits must be 1, 1.58 or lie in 2…8, not 0"),
-        (["--student.act_bits", "40"], "act_bits must lie in 2…8, not 40"),
+        (["--student.weight_bits", "0"], "weight_bits must be 1, 1.58 or a whole number in 2…8, not 0"),
+        (["--student.act_bits", "40"], "act_bits must be a whole number in 2…8, not 40"),
         (["--student.wieght_bits", "4"], "wieght_bits"),
         (
             [
@@ -207,6 +210,18 @@ def test_a_student_that_integers_cannot_follow_is_refused_before_anything_starts
     other = ["--runtime", "simulated", "--output", str(tmp_path / "other")]
     run_command("prog", run, RunConfig, [*arguments, *other])
     assert (tmp_path / "other" / "report.html").is_file()
+
+
+def test_a_factor_on_eps_travels_with_the_student(config_path, tmp_path):
+    run_command("prog", run, RunConfig, ["--config", str(config_path), "--sampler.eps_scale", "1.06"])
+    student = load_model(str(tmp_path / "run"))
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {score["eps_scale"] for score in scores} == {student.solver(SamplerConfig()).eps_scale} == {1.06}
+    for kind in ("packed", "onnx"):
+        weights = export(ExportConfig(str(tmp_path / "run"), kind, tmp_path / kind))
+        config = json.loads((weights.parent / "scheduler" / "scheduler_config.json").read_text())
+        assert read_schedule(config).eps_scale == 1.06
+    assert load_model(str(tmp_path / "packed")).schedule.fields == student.schedule.fields
 
 
 def test_the_gain_is_in_the_student_that_is_saved(config_path, tmp_path, monkeypatch):

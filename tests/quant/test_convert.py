@@ -116,13 +116,13 @@ def test_what_cannot_be_quantized_is_refused():
 @pytest.mark.parametrize("field", ["act_bits", "edge_bits"])
 @pytest.mark.parametrize("bits", [1, 1.58, 4.0, True, 40])
 def test_bits_outside_2_to_8_are_refused_by_name(field, bits):
-    with pytest.raises(ValueError, match=f"{field} must lie in 2…8, not {bits}"):
+    with pytest.raises(ValueError, match=f"{field} must be a whole number in 2…8, not {bits}"):
         QuantConfig(**{field: bits})
 
 
 @pytest.mark.parametrize("bits", [0, 1.0, 1.6, 4.0, True, 40, "1.58"])
 def test_bits_that_no_weights_have_are_refused(bits):
-    with pytest.raises(ValueError, match=rf"weight_bits must be 1, 1\.58 or lie in 2…8, not {bits}"):
+    with pytest.raises(ValueError, match=rf"weight_bits must be 1, 1\.58 or a whole number in 2…8, not {bits}"):
         QuantConfig(weight_bits=bits)
 
 

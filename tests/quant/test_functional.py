@@ -120,11 +120,11 @@ def test_the_end_codes_keep_their_gradient():
 
 @pytest.mark.parametrize("bits", [0, 1.0, 1.5, 2.0, 9, 40, True, "1", float("nan")])
 def test_other_widths_are_refused(bits):
-    with pytest.raises(ValueError, match=f"bits must be 1, 1.58 or lie in 2…8, not {bits}"):
+    with pytest.raises(ValueError, match=f"bits must be 1, 1.58 or a whole number in 2…8, not {bits}"):
         code_range(bits, signed=True)
 
 
 @pytest.mark.parametrize("bits", [1, 1.58, 0, 9])
 def test_unsigned_codes_have_two_bits_or_more(bits):
-    with pytest.raises(ValueError, match=f"bits must lie in 2…8, not {bits}"):
+    with pytest.raises(ValueError, match=f"bits must be a whole number in 2…8, not {bits}"):
         code_range(bits, signed=False)
