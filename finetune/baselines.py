@@ -2,10 +2,10 @@
 
 Its rules, where they differ from `finetune.distill`: trajectories with η = 1 and ε as it is; all denoising steps of a
 layer start from one range, searched over mixed timesteps; the adapters sit on weights that are rounded to their codes
-already, and biases stay as they are; one update sees one timestep, in order, along the same trajectories; learning rates as below,
-with linear decay and neither warm-up nor clipping of gradients. Theirs is AdamW, here it is Adam without the decay of
-weights. Its loss is summed instead of averaged, which means nothing to either. Bits, rank, batch and number of updates
-are the run's own, so that baselines compare at equal cost; and shortcuts are quantized here.
+already, and biases stay as they are; one update sees one timestep, in order, along the same trajectories; learning
+rates as below, with linear decay and neither warm-up nor clipping of gradients. Theirs is AdamW, here it is Adam
+without the decay of weights. Its loss is summed instead of averaged, which means nothing to either. Bits, rank, batch
+and number of updates are the run's own, so that baselines compare at equal cost; and shortcuts are quantized here.
 """
 
 import dataclasses
