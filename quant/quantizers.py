@@ -146,7 +146,7 @@ class ActivationQuantizer(nn.Module):
     """Unsigned codes with a zero point; a step size and a zero point for every denoising step (TALSQ, eq. 9).
 
     Args:
-        bits: 2…8.
+        bits: 2…8 or 16.
         clock: the model's clock; its T timesteps are the rows of the tables.
         per_step: if false, one step size and zero point serve all timesteps.
     """
