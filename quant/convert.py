@@ -54,7 +54,8 @@ class QuantConfig:
     per_step: bool = True
     """An activation step size and zero point for every denoising step (TALSQ), or one for all."""
     search: str = "error"
-    """How step sizes begin: "error", the least squared error over a grid of ranges; "min-max", the whole range."""
+    """How step sizes begin: "error", the least squared error over a grid of ranges; "min-max", the whole range.
+    Inputs of 16 bits always begin with twice the whole range."""
 
     edge_shortcut: bool = True
     """Whether the shortcut over the last skip counts among the layers of `edge_bits`."""
