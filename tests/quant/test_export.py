@@ -161,7 +161,7 @@ def test_every_timestep_is_answered_as_the_clock_does(name, timesteps, request):
     _assert_equal(*request.getfixturevalue(name), timesteps, levels=[ALL])
 
 
-@pytest.mark.parametrize("zero_point", [0, 3, 255, 256, 40_000, 65_535])
+@pytest.mark.parametrize("zero_point", [3, 40_000, 65_535])
 def test_inputs_of_16_bits_at_every_level_of_optimization(zero_point, tmp_path):
     student = _student(_float(**FLAT), (4, 8))
     for _, layer in student.layers():
