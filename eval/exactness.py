@@ -45,16 +45,22 @@ class ExactnessConfig:
 
 
 def line_codes(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor) -> Tensor:
-    """The codes, as floats, that the core makes of x (N, C, H, W) in a line of a program, not enlarged."""
+    """The codes, as floats, that the core makes of x (N, C, H, W) in a line of a program, not enlarged.
+
+    Of the line of the low digits: high ones are made with them.
+    """
     count, channels, height, width = x.shape
     placed = core.Line(
         line.kind, line.layer, line.norm, 0, channels, -1, 0, -1, -1, height, width, factor=1, heads=line.heads
     )
     states = _states(x)
-    codes = np.empty((count, height, width, channels // (3 if line.kind == core.ATTENTION else 1)), np.uint8)
-    quantizer = moment.quantizers[line.layer : line.layer + 1].ctypes.data
-    for state, code in zip(states, codes, strict=True):
-        integer.core.encode(placed, moment.norm_table, quantizer, state.ctypes.data, code.ctypes.data)
+    digits = np.empty((count, height, width, channels // (3 if line.kind == core.ATTENTION else 1)), np.uint8)
+    codes, layer = np.zeros(digits.shape, np.int32), integer.layers.numbered[line.layer]
+    for of_digit in (layer,) if layer.high is None else (layer, layer.high):
+        quantizer = moment.quantizers[of_digit.number :].ctypes.data
+        for state, made in zip(states, digits, strict=True):
+            integer.core.encode(placed, moment.norm_table, quantizer, state.ctypes.data, made.ctypes.data)
+        codes += digits.astype(np.int32) << of_digit.shift
     return rearrange(torch.from_numpy(codes), "n h w c -> n c h w").float()
 
 
@@ -126,9 +132,11 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
         for handle in hooks:
             handle.remove()
 
-    names, shares = [layer.name for layer in integer.layers.values()], {}
+    names, shares = [layer.name for layer in integer.layers.numbered], {}
     for program in programs:
         made_by: dict[int, Line] = {}
+        residuals: dict[int, int] = {}  # what was added to each state
+        of_high: dict[int, int] = {}  # and to those of high digits, which are themselves added to those of the low
         # The simulation's states, where a normalisation reads them, or a line without a layer made them of such a one.
         states = {0: x} if program is programs[1] else {}
         for line in program.lines:
@@ -142,6 +150,10 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
                     shape = program.shapes[line.target]
                     states[line.target] = line_state(integer, line, moment, states[line.source], shape)
                 continue
+            if integer.layers.numbered[line.layer].shift:
+                of_high[line.target] = line.residual
+                continue
+            residuals[line.target] = of_high.get(line.residual, line.residual)
             name, (_, height, width) = names[line.layer], program.shapes[line.source]
             made_by[line.target] = line
             if line.norm >= 0:
@@ -154,7 +166,7 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
             else:
                 made = made_by[line.source]
                 source = _as_image(leaving[names[made.layer]], height, width)
-                if made.residual >= 0:  # of the time embedding: the class's
+                if residuals[line.source] >= 0:  # of the time embedding: the class's
                     source = source + _as_image(leaving["class"], height, width)
             ours = line_codes(integer, line, moment, source)
             if line.factor > 1:

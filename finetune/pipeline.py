@@ -343,9 +343,9 @@ def _facts(config: RunConfig, made: Made, distillation: float) -> list[str]:
         f"The teacher denoised {config.num_trajectories} noises with {config.teacher_sampler.solver} in "
         f"{config.teacher_sampler.num_steps} steps ({seconds['trajectories']:.0f} s). "
         + (f"The student learned on {config.data} itself." if _uses_data(config) else "No data was used."),
-        f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last "
-        f"convolution{shortcut} and time embedding {bits.edge_bits} bits. Activation ranges were set {ranges} on "
-        f"{config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
+        f"Weights {bits.weight_bits} bits, activations {bits.act_bits} bits; first and last convolution{shortcut} and "
+        f"time embedding {bits.edge_bits} bits, their inputs {bits.edge_act_bits}. Activation ranges were set {ranges} "
+        f"on {config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
         f"The student learned for {options.num_updates} updates of {options.batch_size} by {what} "
         f"({distillation:.0f} s): {learned}, step sizes and zero points."
         + (f" Its ε was then scaled by {1 + made.gain:.3f} ({seconds['gain']:.0f} s)." if made.gain else ""),

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.functional import code_range
 from quant.packing import pack, unpack
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quant.checkpoint import read_checkpoint, write_checkpoint
-from quant.functional import check_bits
+from quant.functional import FEW, FINE, check_bits
 from quant.integer.program import refuse_unsupported
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
 from quant.quantizers import SMALLEST, Clock
@@ -45,14 +45,17 @@ class QuantConfig:
     act_bits: int = 4
     """Bits of the input of every convolution and linear layer, 2…8, but for the layers of `edge_bits`."""
     edge_bits: int = 8
-    """Bits of weights and inputs where the image enters and leaves: the first and the last convolution, the shortcut
-    over the last skip; and of the embeddings of time and class. 2…8."""
+    """Bits of weights where the image enters and leaves: the first and the last convolution, the shortcut over the
+    last skip; and of the embeddings of time and class. 2…8."""
+    edge_act_bits: int = 16
+    """Bits of the inputs of the layers of `edge_bits`: 2…8 or 16, which on integers take two lines of 8 bits each."""
     rank: int = 8
     """Rank of the adapters of QALoRA."""
     per_step: bool = True
     """An activation step size and zero point for every denoising step (TALSQ), or one for all."""
     search: str = "error"
-    """How step sizes begin: "error", the least squared error over a grid of ranges; "min-max", the whole range."""
+    """How step sizes begin: "error", the least squared error over a grid of ranges; "min-max", the whole range.
+    Inputs of 16 bits always begin with twice the whole range."""
 
     edge_shortcut: bool = True
     """Whether the shortcut over the last skip counts among the layers of `edge_bits`."""
@@ -62,8 +65,10 @@ class QuantConfig:
     """Let calibration take back the shift of each layer's mean."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits", "edge_bits"):
-            check_bits(name, getattr(self, name), signed=name == "weight_bits")
+        check_bits("weight_bits", self.weight_bits, also=FEW)
+        check_bits("act_bits", self.act_bits)
+        check_bits("edge_bits", self.edge_bits)
+        check_bits("edge_act_bits", self.edge_act_bits, also=(FINE,))
         if self.search not in ("error", "min-max"):
             raise ValueError(f'search must be "error" or "min-max", not "{self.search}"')
         if not isinstance(self.rank, int) or self.rank < 1:
@@ -303,7 +308,9 @@ def _convert(network: nn.Module, config: QuantConfig, timesteps: Sequence[float]
             if isinstance(module, _ConvNd | nn.Linear | nn.Bilinear):
                 raise ValueError(f"{name}: a {type(module).__name__} cannot be quantized")
             continue
-        bits = (config.edge_bits,) * 2 if module in edges else (config.weight_bits, config.act_bits)
+        bits = config.weight_bits, config.act_bits
+        if module in edges:
+            bits = config.edge_bits, config.edge_act_bits
         unet.set_submodule(name, layer(module, *bits, config.rank, clock, config.per_step))
     return QuantizedUNet(unet, config, clock).to(unet.device).eval()
 

@@ -12,7 +12,6 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from quant.convert import QuantizedUNet
-from quant.functional import round_zero_point
 from quant.layers import QuantLayer
 
 OPSET = 21
@@ -37,7 +36,7 @@ def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path:
     A student's weights are codes behind a DequantizeLinear with an axis of channels, of 8 bits whatever their width:
     what ONNX has of 2 and 4 bits ONNX Runtime turns into floats before it multiplies. Activations pass QuantizeLinear,
     Clip to their bits and DequantizeLinear, with the step size and zero point that the clock would read at this
-    timestep.
+    timestep; those of 16 bits as uint16, which ONNX Runtime multiplies in float.
 
     The file is written beside `path` and renamed; weights beyond ONNX's 2 GB get a file `<path>.data` of their own.
 
@@ -142,7 +141,7 @@ class _OnnxClock:
 
     def set(self, t: Tensor) -> None:
         self.scales, zero_points = self._row(t[0].float())
-        self.zero_points = round_zero_point(zero_points, 0, 255).minimum(self.qmax).byte()
+        self.zero_points = zero_points.round().clamp(min=0).minimum(self.qmax)  # as `round_zero_point` does
 
     def _row(self, t: Tensor) -> Tensor:
         if self.tables.shape[1] == 1:
@@ -163,8 +162,9 @@ class _OnnxActivationQuantizer(nn.Module):
         self.qmax, self.clock, self.index = qmax, clock, index
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = self.clock.scales[self.index], self.clock.zero_points[self.index]
-        codes = _onnx("QuantizeLinear", x, *parameters, dtype=torch.uint8)
+        dtype = torch.uint8 if self.qmax < 256 else torch.uint16
+        parameters = self.clock.scales[self.index], self.clock.zero_points[self.index].to(dtype)
+        codes = _onnx("QuantizeLinear", x, *parameters, dtype=dtype)
         if self.qmax < 255:
             limits = (torch.tensor(limit, dtype=torch.uint8) for limit in (0, self.qmax))
             codes = _onnx("Clip", codes, *limits, dtype=torch.uint8)
@@ -198,12 +198,13 @@ def _use_onnx_quantizers(student: QuantizedUNet) -> None:
 
 
 def _may_saturate(layer: QuantLayer) -> bool:
-    """Whether two products of unsigned by signed codes can leave 16 bits.
+    """Whether two products of unsigned by signed codes, of 8 bits at most, can leave 16 bits.
 
     On x86 without VNNI ONNX Runtime multiplies them by vpmaddubsw, which adds pairs with saturation; weights that are
     unsigned it widens first (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
     """
-    return 2 * layer.act_quantizer.qmax * -layer.weight_quantizer.qmin > 32767
+    qmax = layer.act_quantizer.qmax
+    return qmax < 256 and 2 * qmax * -layer.weight_quantizer.qmin > 32767
 
 
 def _onnx(operator: str, x: Tensor, *inputs: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:

@@ -25,23 +25,31 @@ TERNARY = 1.58
 MID_RISE = {1}
 
 
-def check_bits(name: str, bits: float, signed: bool) -> None:
-    """ValueError that says `name` unless codes have such a width: an integer in 2…8, or `signed` also 1 or 1.58."""
-    if not (type(bits) is int and (1 if signed else 2) <= bits <= 8) and not (signed and bits == TERNARY):
-        raise ValueError(f"{name} must be {'1, 1.58 or ' if signed else ''}a whole number in 2…8, not {bits}")
+# Widths beside 2…8: of weights, and of the inputs of a few layers, whose codes are two digits of 8 bits.
+FEW: tuple[float, ...] = (1, TERNARY)
+FINE = 16
+
+
+def check_bits(name: str, bits: float, also: tuple[float, ...] = ()) -> None:
+    """ValueError that says `name` unless `bits` is an integer in 2…8 or one of `also`."""
+    if type(bits) is int and 2 <= bits <= 8:
+        return
+    if not any(type(bits) is type(other) and bits == other for other in also):
+        others = "".join(f"{other}, " for other in also[:-1]) + f"{also[-1]} or " if also else ""
+        raise ValueError(f"{name} must be {others}a whole number in 2…8, not {bits}")
 
 
 def code_range(bits: float, signed: bool) -> range:
     """The codes of a width b, in order.
 
     ================ ======== =====================================
-    unsigned         2…8      0, 1, …, 2^b − 1
+    unsigned         2…8, 16  0, 1, …, 2^b − 1
     signed           2…8      −2^(b−1), …, −1, 0, 1, …, 2^(b−1) − 1
     signed, ternary  1.58     −1, 0, 1
     signed, mid-rise MID_RISE −(2^b − 1), …, −1, 1, …, 2^b − 1
     ================ ======== =====================================
     """
-    check_bits("bits", bits, signed)
+    check_bits("bits", bits, FEW if signed else (FINE,))
     if bits == TERNARY:
         return range(-1, 2)
     count = 1 << int(bits)

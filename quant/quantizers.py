@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.functional import code_range, fake_quantize, quantize
+from quant.functional import FINE, code_range, fake_quantize, quantize
 
 # Fractions of the min-max range that the searches for an initial step size try: weights are few and get more.
 WEIGHT_FRACTIONS = torch.linspace(0.2, 1.1, 181)
@@ -17,6 +17,9 @@ SYMMETRIC_FRACTIONS = torch.linspace(0.02, 1.1, 217)
 RANGE_FRACTIONS = torch.linspace(0.2, 1.1, 37)
 # Fractions of the negative part of a range that it keeps: SiLU's shallow tail is often better given up.
 TAIL_FRACTIONS = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+
+# Codes of 16 bits begin with twice the range that was seen: it costs them one bit, and what lies outside is far worse.
+FINE_MARGIN = 2
 
 # No step size is smaller: half precision, in which step sizes are saved, still holds it.
 SMALLEST = torch.finfo(torch.half).tiny
@@ -146,7 +149,7 @@ class ActivationQuantizer(nn.Module):
     """Unsigned codes with a zero point; a step size and a zero point for every denoising step (TALSQ, eq. 9).
 
     Args:
-        bits: 2…8.
+        bits: 2…8 or 16.
         clock: the model's clock; its T timesteps are the rows of the tables.
         per_step: if false, one step size and zero point serve all timesteps.
     """
@@ -165,6 +168,8 @@ class ActivationQuantizer(nn.Module):
     def initialise(self, values: Tensor, search: str = "error", row: int = 0) -> None:
         """Set the range of the denoising step of that row from `values` (M,): see `QuantConfig.search`."""
         low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
+        if self.bits == FINE:
+            low, high, search = FINE_MARGIN * low, FINE_MARGIN * high, "min-max"
         widest = ((high - low) / self.qmax).clamp(min=SMALLEST)
         if search == "min-max":
             self.scale[row], self.zero_point[row] = widest, (-low / widest).round()

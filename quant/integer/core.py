@@ -93,7 +93,7 @@ class Program(ctypes.Structure):
 
 
 # A quantizer of `core/program.h`.
-QUANTIZER = np.dtype([("inverse", "f4"), ("low", "f4"), ("high", "f4"), ("zero_point", "i4")])
+QUANTIZER = np.dtype([("inverse", "f4"), ("low", "f4"), ("high", "f4"), ("zero_point", "i4"), ("shift", "i4")])
 
 
 class Core:

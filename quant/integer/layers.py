@@ -1,5 +1,6 @@
 """The layers and normalisations of a frozen student as the core reads them."""
 
+import copy
 import math
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from quant.integer import core
 from quant.integer.core import LANES
 from quant.layers import QuantConv2d, QuantLayer
+
+LARGEST_DIGIT = 255  # the core multiplies 8 bits at a time
 
 # What becomes a `core.Norm`.
 NORMS = (nn.GroupNorm, AdaGroupNorm)
@@ -33,6 +36,8 @@ class IntegerLayer:
         scales, bias: float32 (channels,), the weights' step sizes, and the bias.
         padding: top, left, bottom, right.
         first_channel: where its output channels begin among those of all layers, each filled up to 16.
+        shift: from which bit on it takes 8 of its input's codes, 0 or 8.
+        high: the same layer for the upper 8 of 16 bits; None where codes have no more than 8.
     """
 
     def __init__(self, number: int, name: str, layer: QuantLayer, pad_end: int, first_channel: int):
@@ -44,20 +49,35 @@ class IntegerLayer:
         if isinstance(padding, str):
             raise ValueError(f'{name}: padding "{padding}" is not supported on integers, only numbers')
         self.number, self.name, self.layer, self.first_channel = number, name, layer, first_channel
+        self.shift = 0
+        self.high: IntegerLayer | None = None
         self.stride, self.dilation, (y, x) = (_pair(value) for value in (stride, dilation, padding))
         self.padding = [y, x, y + pad_end, x + pad_end]
         self.weight_sum = codes.flatten(1).sum(1, dtype=torch.int32).numpy()
         codes = dense(codes, groups)
         self.out_channels, self.in_channels, *self.kernel = codes.shape
-        self.largest_product = layer.act_quantizer.qmax * -layer.weight_quantizer.qmin
+        largest_digit = min(layer.act_quantizer.qmax, LARGEST_DIGIT)
+        self.largest_product = largest_digit * -layer.weight_quantizer.qmin
         # Twice, for the zero point takes as much; and where codes are stored less 128, that may be more than they are.
-        largest = max(layer.act_quantizer.qmax, 128) * -layer.weight_quantizer.qmin
+        largest = max(largest_digit, 128) * -layer.weight_quantizer.qmin
         if 2 * largest * codes[0].numel() >= 1 << 31:
             raise ValueError(f"{name}: sums of {codes[0].numel():,} products are too large for integers of 32 bits")
         full = F.pad(codes, (0, 0, 0, 0, 0, -self.in_channels % 4, 0, -self.out_channels % LANES))
         pattern = "(o sixteen) (c four) h w -> o h w c sixteen four"
         self.weight = rearrange(full, pattern, sixteen=LANES, four=4).contiguous().numpy()
         self.scales, self.bias = (x.detach().numpy() for x in (layer.weight_quantizer.scale, layer.bias))
+
+    def of_high_digits(self, number: int, first_channel: int) -> "IntegerLayer":
+        """Make `high`. With q = 256 · high + low and a zero point z of such digits
+
+            sum w · (q - z) = 256 · sum w · (high - z_high) + sum w · (low - z_low),
+
+        so it has the same weights, and no bias, which comes but once.
+        """
+        self.high = copy.copy(self)
+        self.high.number, self.high.first_channel, self.high.shift = number, first_channel, 8
+        self.high.bias = np.zeros_like(self.bias)
+        return self.high
 
     @property
     def channels(self) -> slice:
@@ -97,7 +117,8 @@ class Layers(dict[QuantLayer, IntegerLayer]):
     """The layers of a student with their integer form, and its normalisations, in the order of their definition.
 
     Attributes:
-        channels: output channels of all layers together, each filled up to 16.
+        numbered: every integer layer by its number, those for high digits included.
+        channels: output channels of these together, each filled up to 16.
         norms: the number of each normalisation.
         norm_numbers: of each, weight and bias, float32 (channels,).
         table, norm_table: what the core reads.
@@ -107,11 +128,14 @@ class Layers(dict[QuantLayer, IntegerLayer]):
         super().__init__()
         # Without padding of its own, diffusers' downsampling fills up below and to the right.
         filled_up = {m.conv for m in modules if isinstance(m, Downsample2D) and m.use_conv and m.padding == 0}
+        self.numbered: list[IntegerLayer] = []
         self.channels = 0
-        for number, (name, layer) in enumerate(named):
-            self[layer] = IntegerLayer(number, name, layer, int(layer in filled_up), self.channels)
-            self.channels += filled(self[layer].out_channels)
-        self.table = (core.Layer * len(self))(*(layer.structure() for layer in self.values()))
+        for name, layer in named:
+            low = self[layer] = IntegerLayer(len(self.numbered), name, layer, int(layer in filled_up), self.channels)
+            self._append(low)
+            if layer.act_quantizer.qmax > LARGEST_DIGIT:
+                self._append(low.of_high_digits(len(self.numbered), self.channels))
+        self.table = (core.Layer * len(self.numbered))(*(layer.structure() for layer in self.numbered))
         norms: list[Any] = [module for module in modules if isinstance(module, NORMS)]
         self.norms: dict[nn.Module, int] = {norm: number for number, norm in enumerate(norms)}
         self.norm_numbers = [_weight_and_bias(norm) for norm in norms]
@@ -121,6 +145,10 @@ class Layers(dict[QuantLayer, IntegerLayer]):
                 for norm, (weight, bias) in zip(norms, self.norm_numbers, strict=True)
             )
         )
+
+    def _append(self, layer: IntegerLayer) -> None:
+        self.numbered.append(layer)
+        self.channels += filled(layer.out_channels)
 
 
 def _weight_and_bias(norm: Any) -> list[np.ndarray]:

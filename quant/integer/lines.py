@@ -15,7 +15,7 @@ from quant.integer.core import (
     POOL,
     QUANTIZE,
 )
-from quant.integer.layers import Layers, filled
+from quant.integer.layers import IntegerLayer, Layers, filled
 
 DOUBLING, HALVING = (ENLARGE, FILTER_UP, MIRROR_UP), (POOL, FILTER_DOWN, MIRROR_DOWN)
 
@@ -57,8 +57,17 @@ class Program:
         self, layer: Any, source: int, kind: int = QUANTIZE, norm: Any = None, skip: int = -1, residual: int = -1,
         factor: int = 1, heads: int = 0,
     ) -> int:  # fmt: skip
-        """Append a line; the number of its target."""
-        integer, target = self._layers[layer], len(self.shapes)
+        """Append a line, or one for each digit of codes of 16 bits; the number of the last one's target."""
+        integer = self._layers[layer]
+        if integer.high is not None:
+            residual = self._append(integer.high, source, kind, norm, skip, residual, factor, heads)
+        return self._append(integer, source, kind, norm, skip, residual, factor, heads)
+
+    def _append(
+        self, integer: IntegerLayer, source: int, kind: int, norm: Any, skip: int, residual: int, factor: int,
+        heads: int,
+    ) -> int:  # fmt: skip
+        target = len(self.shapes)
         channels, height, width = self.shapes[source]
         channels = channels // (3 if kind == ATTENTION else 1) + (self.shapes[skip][0] if skip >= 0 else 0)
         if channels != integer.in_channels:

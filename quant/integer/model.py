@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from quant.integer import core
-from quant.integer.layers import Layers
+from quant.integer.layers import LARGEST_DIGIT, Layers
 from quant.integer.lines import Program
 from quant.integer.program import follow_time_embedding, follow_unet, refuse_unsupported
 
@@ -30,27 +30,27 @@ class Moment:
     """What the lines need to know of a timestep and a class. A sum of products becomes (sum − shift) · slope + offset.
 
     Attributes:
-        quantizers: `core.QUANTIZER` (L,), of each layer's input.
-        shifts: int32 (C,), over the output channels of all layers, each filled up to 16.
+        quantizers: `core.QUANTIZER`, of the input of each of `layers.numbered`.
+        shifts: int32 (C,), over the output channels of all of these, each filled up to 16.
         slopes, offsets: float32 (C,), likewise.
         norm_table: the normalisations; the timestep has a part in those of `modulate`.
         structure: what the core reads.
     """
 
     def __init__(self, scales: Tensor, zero_points: Tensor, largest: Tensor, layers: Layers, code_offset: int):
-        """scales float32 (L,), zero_points and largest codes int32 (L,)."""
+        """scales float32 (L,), zero_points and largest codes int32 (L,), of the L layers of the student."""
         one = np.float32(1)
-        self.quantizers = np.empty(len(layers), core.QUANTIZER)
-        self.quantizers["inverse"] = one / scales.numpy()
-        self.quantizers["low"] = -zero_points.numpy()
-        self.quantizers["high"] = (largest - zero_points).numpy()
-        self.quantizers["zero_point"] = zero_points.numpy()
+        self.quantizers = np.empty(len(layers.numbered), core.QUANTIZER)
         self.shifts = np.zeros(layers.channels, np.int32)
         self.slopes, self.offsets = (np.zeros(layers.channels, np.float32) for _ in range(2))
-        for layer, scale, zero_point in zip(layers.values(), scales.numpy(), zero_points.numpy(), strict=True):
-            self.shifts[layer.channels] = layer.weight_sum * (zero_point - code_offset)
-            self.slopes[layer.channels] = layer.scales * scale
-            self.offsets[layer.channels] = layer.bias
+        rows = zip(layers.values(), scales.numpy(), zero_points.numpy(), largest.numpy(), strict=True)
+        for low, scale, zero_point, top in rows:
+            for layer in (low,) if low.high is None else (low, low.high):
+                self.quantizers[layer.number] = (one / scale, -zero_point, top - zero_point, zero_point, layer.shift)
+                digit = zero_point >> layer.shift & LARGEST_DIGIT
+                self.shifts[layer.channels] = layer.weight_sum * (digit - code_offset)
+                self.slopes[layer.channels] = layer.scales * (scale * np.float32(1 << layer.shift))
+                self.offsets[layer.channels] = layer.bias
         self.norm_table = type(layers.norm_table).from_buffer_copy(layers.norm_table)
         self._modulated: list[np.ndarray] = []
         arrays = (self.quantizers, self.shifts, self.slopes, self.offsets)

@@ -78,7 +78,7 @@ def test_an_altered_byte_is_refused(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 3}, r"config\.json is of format 3, this version reads format 2"),
+        ({"format": 2}, r"config\.json is of format 2, this version reads format 3"),
         ({"timesteps": [999, 500]}, "truncated or altered"),
         ({"quantization": {"weight_bits": 4, "act_bits": 8}}, "truncated or altered"),
     ],

@@ -109,7 +109,7 @@ FLAT = {
 @pytest.fixture(scope="module")
 def w8a8(tmp_path_factory):
     """A student whose attention projections saturate wherever two products are added in 16 bits, and its graph."""
-    student = _student(_float(**FLAT, num_class_embeds=5), (8, 8))
+    student = _student(_float(**FLAT, num_class_embeds=5), (8, 8), edge_act_bits=8)
     for name, layer in student.layers():
         if "attentions" in name:
             layer.codes.copy_(torch.where(layer.codes < 0, -128, 127))
@@ -122,7 +122,7 @@ def w8a8(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def w4a4(tmp_path_factory):
-    student = _student(_float(sample_size=None, mid_block_type=None), (4, 4), [1700.5, 500, 100.25])
+    student = _student(_float(sample_size=None, mid_block_type=None), (4, 4), [1700.5, 500, 100.25], edge_act_bits=8)
     path = tmp_path_factory.mktemp("onnx") / "w4a4.onnx"
     export_onnx(student, path)
     return student, path
@@ -143,7 +143,7 @@ def test_4_bits_of_any_size_at_every_level_of_optimization(w4a4):
     indirect=["weight_bits"],
 )
 def test_few_bits_at_every_level_of_optimization(weight_bits, act_bits, tmp_path):
-    student = _student(_float(**FLAT), (weight_bits, act_bits), edge_bits=4)
+    student = _student(_float(**FLAT), (weight_bits, act_bits), edge_bits=4, edge_act_bits=4)
     path = tmp_path / "model.onnx"
     export_onnx(student, path)
     _assert_equal(student, path, TIMESTEPS[:2])
@@ -159,6 +159,18 @@ def test_few_bits_at_every_level_of_optimization(weight_bits, act_bits, tmp_path
 @pytest.mark.parametrize(("name", "timesteps"), [("w8a8", (5000, 901, 731, 0)), ("w4a4", (1701.0, 700.3, 100.3, -1.0))])
 def test_every_timestep_is_answered_as_the_clock_does(name, timesteps, request):
     _assert_equal(*request.getfixturevalue(name), timesteps, levels=[ALL])
+
+
+@pytest.mark.parametrize("zero_point", [3, 40_000, 65_535])
+def test_inputs_of_16_bits_at_every_level_of_optimization(zero_point, tmp_path):
+    student = _student(_float(**FLAT), (4, 8))
+    for _, layer in student.layers():
+        if layer.act_quantizer.bits == 16:
+            layer.act_quantizer.zero_point.data.fill_(zero_point)
+    export_onnx(student, tmp_path / "model.onnx")
+    _assert_equal(student, tmp_path / "model.onnx", TIMESTEPS[:2])
+    points = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "Cast"]
+    assert any(a.i == onnx.TensorProto.UINT16 for node in points for a in node.attribute if a.name == "to")
 
 
 def test_weights_whose_products_could_saturate_are_unsigned(w8a8, w4a4, tmp_path):

@@ -3,7 +3,7 @@ import torch
 
 from quant.functional import code_range, fake_quantize
 
-WIDTHS = [(bits, signed) for bits in range(2, 9) for signed in (False, True)] + [(1.58, True)]
+WIDTHS = [(bits, signed) for bits in range(2, 9) for signed in (False, True)] + [(1.58, True), (16, False)]
 
 
 def oracle(x, scale, zero_point, codes):
@@ -32,6 +32,7 @@ def test_the_codes_of_each_width():
     assert [list(code_range(bits, signed=False)) for bits in (2, 3)] == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert code_range(8, signed=True) == range(-128, 128)
     assert code_range(8, signed=False) == range(256)
+    assert code_range(16, signed=False) == range(65536)
 
 
 @pytest.mark.parametrize("weight_bits", ["2 mid-rise"], indirect=True)
@@ -118,13 +119,13 @@ def test_the_end_codes_keep_their_gradient():
     assert x.grad.tolist() == [[1.0, 1.0]]
 
 
-@pytest.mark.parametrize("bits", [0, 1.0, 1.5, 2.0, 9, 40, True, "1", float("nan")])
+@pytest.mark.parametrize("bits", [0, 1.0, 1.5, 2.0, 9, 16, 40, True, "1", float("nan")])
 def test_other_widths_are_refused(bits):
     with pytest.raises(ValueError, match=f"bits must be 1, 1.58 or a whole number in 2…8, not {bits}"):
         code_range(bits, signed=True)
 
 
-@pytest.mark.parametrize("bits", [1, 1.58, 0, 9])
+@pytest.mark.parametrize("bits", [1, 1.58, 0, 9, 16.0])
 def test_unsigned_codes_have_two_bits_or_more(bits):
-    with pytest.raises(ValueError, match=f"bits must be a whole number in 2…8, not {bits}"):
+    with pytest.raises(ValueError, match=f"bits must be 16 or a whole number in 2…8, not {bits}"):
         code_range(bits, signed=False)

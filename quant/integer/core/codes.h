@@ -31,17 +31,19 @@ struct CodeImage {
 struct Rounding {
   Floats inverse, low, high;
   Ints zero_point;
+  int32_t shift;
 
   explicit Rounding(const Quantizer& q)
       : inverse(all(q.inverse)), low(all(q.low)), high(all(q.high)),
-        zero_point(all<Ints>(q.zero_point) - bits(all(kRound))) {}
+        zero_point(all<Ints>(q.zero_point) - bits(all(kRound))), shift(q.shift) {}
 
-  // The codes of the first `count` ≤ 16 of x. The bounds are integers, so it may clamp before it rounds.
+  // A digit of the codes of the first `count` ≤ 16 of x. The bounds are integers, so it may clamp before it rounds.
   void operator()(Floats x, int64_t count, uint8_t* to) const {
     const Ints codes = bits(min(max(x * inverse, low), high) + all(kRound)) + zero_point;
-    if (count >= kLanes) return store_bytes(codes, to);
+    const Ints digits = codes >> shift & all<Ints>(255);
+    if (count >= kLanes) return store_bytes(digits, to);
     uint8_t sixteen[kLanes];
-    store_bytes(codes, sixteen);
+    store_bytes(digits, sixteen);
     std::memcpy(to, sixteen, count);
   }
 };

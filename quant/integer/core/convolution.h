@@ -28,7 +28,7 @@ class Convolution {
   int64_t bytes() const { return height_ * width_ * channels_; }
 
   // Where its codes go. Around the image lie codes of zero, so that its border needs no special case.
-  CodeImage prepare(uint8_t* buffer, int32_t zero_point) const {
+  CodeImage prepare(uint8_t* buffer, uint8_t zero_point) const {
     const int64_t inside = (width_ - layer_.left - layer_.right) * channels_;
     const int64_t before = (layer_.top * width_ + layer_.left) * channels_;
     const int64_t between = (layer_.right + layer_.left) * channels_;

@@ -59,7 +59,8 @@ void run(const Program& program, const Convolutions& convolutions, const Moment&
       change_state(line, moment.norms, memory);
     } else {
       const Quantizer& quantizer = moment.quantizers[line.layer];
-      encode_line(line, moment.norms, quantizer, memory, convolutions[i]->prepare(codes, quantizer.zero_point));
+      const CodeImage image = convolutions[i]->prepare(codes, quantizer.digit(quantizer.zero_point));
+      encode_line(line, moment.norms, quantizer, memory, image);
     }
     const auto middle = seconds ? Clock::now() : start;
     if (line.layer >= 0) {
@@ -214,7 +215,8 @@ API const char* sources() { return SOURCES; }
 // What a code is less than its integer in the products of this instruction set; a moment's shifts contain it.
 API int32_t code_offset() { return kCodeOffset; }
 
-// The codes uint8 (height · factor, width · factor, channels) that a line makes of its states in `memory`.
+// The codes, or their digits, uint8 (height · factor, width · factor, channels), that a line makes of its states in
+// `memory`.
 API void encode(const Line* line, const Norm* norms, const Quantizer* quantizer, const float* memory, uint8_t* codes) {
   const int64_t channels = line->kind == kAttention ? line->source_channels / 3 : line->source_channels;
   const int64_t pixel = channels + line->skip_channels;

@@ -59,6 +59,15 @@ inline Pair<Half> max(Pair<Half> a, Pair<Half> b) {
   return {max(a.low, b.low), max(a.high, b.high)};
 }
 
+template <class Half>
+inline Pair<Half> operator>>(Pair<Half> a, int32_t places) {
+  return {a.low >> places, a.high >> places};
+}
+template <class Half>
+inline Pair<Half> operator&(Pair<Half> a, Pair<Half> b) {
+  return {a.low & b.low, a.high & b.high};
+}
+
 inline NativeFloats to_floats(NativeInts x) { return __builtin_convertvector(x, NativeFloats); }
 template <class Half>
 inline auto to_floats(Pair<Half> x) -> Pair<decltype(to_floats(x.low))> {

@@ -37,10 +37,14 @@ struct Norm {
 };
 
 // Codes are clamp(round(x / step size) + zero_point, 0, largest code): inverse is one over the step size, low and high
-// are the range less the zero point.
+// are the range less the zero point. A line takes the eight bits of a code from bit `shift` on: codes of 16 bits are two
+// digits of 8, each with a line of its own.
 struct Quantizer {
   float inverse, low, high;
-  int32_t zero_point;
+  int32_t zero_point, shift;
+
+  // Of a code, which the zero point is too.
+  uint8_t digit(int32_t code) const { return static_cast<uint8_t>(code >> shift); }
 };
 
 // What the lines need to know of a timestep. A sum of products becomes (sum − shift) · slope + offset.

@@ -143,7 +143,7 @@ int main(int, char** argv) {
     for (size_t i = 0; i < network.layers.size(); ++i)
       for (int64_t channel = 0; channel < network.layers[i].out_channels; ++channel) {
         const int64_t of_all = network.layers[i].first_channel + channel;
-        shifts[of_all] = weight_sums[of_all] * (quantizers[i].zero_point - code_offset());
+        shifts[of_all] = weight_sums[of_all] * (quantizers[i].digit(quantizers[i].zero_point) - code_offset());
       }
     std::vector<float> offsets = biases, waves(2 * half), time(embedding.program.memory);
     std::vector<Norm> norms = network.norms;

@@ -104,18 +104,23 @@ class Case:
         self.steps, self.norms, self.convs = steps, norms, convs
         self.layers = Layers([("", conv) for conv in convs if conv], [norm for norm in norms if norm])
         layered = [step for step in steps if step.resampling is None]
-        for number, (layer, step) in enumerate(zip(self.layers.values(), layered, strict=True)):
-            layer.padding = list(step.padding)
-            self.layers.table[number] = layer.structure()
+        for layer, step in zip(self.layers.values(), layered, strict=True):
+            for digit in digits(layer):
+                digit.padding = list(step.padding)
+                self.layers.table[digit.number] = digit.structure()
         self.program = Program(self.layers, shape)
+        self.states, self.lines = [0], []  # of the program: the state behind each step, and the last of its lines
         for conv, norm, step in zip(convs, norms, steps, strict=True):
             if conv is None:
-                self.program.change(step.source, step.kind, norm, step.resampling, step.centre, step.divisor)
+                options = step.kind, norm, step.resampling, step.centre, step.divisor
+                self.states.append(self.program.change(self.states[step.source], *options))
             else:
-                options = step.skip, step.residual, step.factor, step.heads
-                self.program.emit(conv, step.source, step.kind, norm, *options)
-        assert self.program.shapes == shapes
-        self.program.place(list(range(len(shapes))))
+                skip, residual = (-1 if state < 0 else self.states[state] for state in (step.skip, step.residual))
+                options = step.kind, norm, skip, residual, step.factor, step.heads
+                self.states.append(self.program.emit(conv, self.states[step.source], *options))
+            self.lines.append(len(self.program.lines) - 1)
+        assert [self.program.shapes[state] for state in self.states] == shapes
+        self.program.place(list(range(len(self.program.shapes))))
         self.largest = torch.tensor([conv.act_quantizer.qmax for conv in convs if conv], dtype=torch.int32)
         # Of states of some standard deviation of 1 some are outside of the codes' range.
         self.scales = 3 * (torch.rand(len(layered)) + 0.5) / self.largest
@@ -149,7 +154,7 @@ class Case:
         return Moment(self.scales, self.zero_points, self.largest, self.layers, core.code_offset)
 
     def run(self, core, x):
-        """The memory behind the program for x (C, H, W), and the codes uint8 (H, W, C) of each line with a layer."""
+        """The memory behind the program for x (C, H, W), and the codes int32 (H, W, C) of each line with a layer."""
         memory = np.full(self.program.memory + GUARD, np.nan, np.float32)
         pixels = self.pixels(memory, 0)
         pixels[...] = 0
@@ -163,26 +168,38 @@ class Case:
                 codes.append(None)
                 continue
             layer = self.layers[conv]
-            _, height, width = self.program.shapes[step.source]
+            _, height, width = self.program.shapes[self.states[step.source]]
             shape = (height * step.factor, width * step.factor, layer.in_channels)
-            guarded = np.full(math.prod(shape) + GUARD, 0xAB, np.uint8)
-            line, quantizer = self.program.structure.lines[number], moment.quantizers[layer.number :].ctypes.data
-            core.encode(line, moment.norm_table, quantizer, memory.ctypes.data, guarded.ctypes.data)
-            assert (guarded[-GUARD:] == 0xAB).all(), "nothing is written past the last code"
-            codes.append(guarded[:-GUARD].reshape(shape))
+            codes.append(np.zeros(shape, np.int32))
+            for digit in digits(layer):
+                guarded = np.full(math.prod(shape) + GUARD, 0xAB, np.uint8)
+                line = self.program.structure.lines[self.lines[number]]
+                quantizer = moment.quantizers[digit.number :].ctypes.data
+                core.encode(line, moment.norm_table, quantizer, memory.ctypes.data, guarded.ctypes.data)
+                assert (guarded[-GUARD:] == 0xAB).all(), "nothing is written past the last code"
+                codes[-1] += guarded[:-GUARD].reshape(shape).astype(np.int32) << digit.shift
         return memory, codes
+
+    def row(self, number):
+        """Which row of `scales`, `zero_points` and `largest` is that of a step's layer."""
+        return list(self.layers).index(self.convs[number])
 
     def pixels(self, memory, number):
         """A state as it lies in memory, (H, W, C filled up to 16)."""
-        channels, height, width = self.program.shapes[number]
-        start = self.program.offsets[number]
+        channels, height, width = self.program.shapes[self.states[number]]
+        start = self.program.offsets[self.states[number]]
         return memory[start : start + height * width * filled(channels)].reshape(height, width, -1)
 
     def state(self, memory, number):
         """float32 (1, C, H, W)."""
-        pixels, channels = self.pixels(memory, number), self.program.shapes[number][0]
+        pixels, channels = self.pixels(memory, number), self.program.shapes[self.states[number]][0]
         assert not pixels[..., channels:].any(), "channels are filled up with zeros"
         return rearrange(torch.from_numpy(pixels[..., :channels]), "h w c -> 1 c h w")
+
+
+def digits(layer):
+    """The integer layers for the high digit and for the low one, or the only one."""
+    return [layer] if layer.high is None else [layer.high, layer]
 
 
 def exact_numbers(case, number, memory):
@@ -213,7 +230,7 @@ def exact_numbers(case, number, memory):
 
 def exact_codes(case, number, memory):
     """What a line rounds, clamped, float64 (1, C, H, W); and the error that the float32 of the core may make in it."""
-    step, layer = case.steps[number], case.layers[case.convs[number]].number
+    step, layer = case.steps[number], case.row(number)
     zero_point, largest, scale = case.zero_points[layer], case.largest[layer], case.scales[layer].double()
     x, error = exact_numbers(case, number, memory)
     exact, error = (x / scale + zero_point).clamp(0, largest), 1e-4 + error / scale + torch.zeros_like(x)
@@ -241,12 +258,17 @@ def exact_output(case, number, memory, codes):
     step, layer = case.steps[number], case.convs[number]
     integer = case.layers[layer]
     top, left, bottom, right = step.padding
-    codes = rearrange(torch.from_numpy(codes), "h w c -> 1 c h w").double() - case.zero_points[integer.number]
-    padded = F.pad(codes, (left, right, top, bottom))
-    sums = F.conv2d(padded, layer.codes.double(), None, step.stride, 0, step.dilation)
-    slope = torch.from_numpy(integer.scales) * case.scales[integer.number]
-    y = sums.float() * slope[:, None, None] + layer.bias[:, None, None]
-    return y if step.residual < 0 else y + case.state(memory, step.residual)
+    codes = rearrange(torch.from_numpy(codes), "h w c -> 1 c h w")
+    zero_point, scale = case.zero_points[case.row(number)], case.scales[case.row(number)]
+    y = None if step.residual < 0 else case.state(memory, step.residual)
+    for base in (256, 1) if integer.high else (1,):
+        padded = F.pad((codes // base % 256 - zero_point // base % 256).double(), (left, right, top, bottom))
+        sums = F.conv2d(padded, layer.codes.double(), None, step.stride, 0, step.dilation)
+        of_digit = sums.float() * (torch.from_numpy(integer.scales) * (scale * base))[:, None, None]
+        if base == 1:
+            of_digit += layer.bias[:, None, None]
+        y = of_digit if y is None else of_digit + y
+    return y
 
 
 def check_exactly(case, memory, codes):
@@ -309,9 +331,9 @@ def cases(draw):
         step.residual = draw(st.sampled_from([-1, *(i for i, s in enumerate(shapes) if s[1:] == size)]))
         outside = st.integers(1, 40) | st.integers(1, 20).map(lambda n: 3 * n)
         step.outside = draw(outside) if step.residual < 0 else shapes[step.residual][0]
-        widths = st.tuples(st.sampled_from([1, 1.58, *range(2, 9)]), st.integers(2, 8))
+        widths = st.tuples(st.sampled_from([1, 1.58, *range(2, 9)]), st.sampled_from([*range(2, 9), 16, 16]))
         step.weight_bits, step.act_bits = draw(st.sampled_from([(8, 8), (4, 4), (1, 2)]) | widths)
-        step.zero_point = draw(st.sampled_from([0, 0.1, 0.5, 1]))
+        step.zero_point = draw(st.sampled_from([0, 0.1, 0.5, 1, 1e-4]))
         step.extreme = between(0, 3) == 0
         steps.append(step)
         shapes.append((step.outside, *size))
@@ -352,7 +374,7 @@ def test_random_programs_are_exact(example):
 @pytest.mark.parametrize(("kernel", "inside"), [(3, 64), (1, 512)])
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 8), (1.58, 8), (2, 8), ("2 mid-rise", 8), (4, 4), (4, 8), (5, 7), (7, 7), (8, 2), (8, 4), (8, 8)],
+    [(1, 8), (1.58, 8), (2, 8), ("2 mid-rise", 8), (4, 4), (4, 8), (5, 7), (7, 7), (8, 2), (8, 4), (8, 8), (8, 16)],
     indirect=["weight_bits"],
 )
 @pytest.mark.parametrize("zero_point", [0, 0.5, 1])
@@ -393,7 +415,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 4), (2, 3), (4, 4), (8, 8)],
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 4), (2, 3), (4, 4), (8, 8), (4, 16), (8, 16)],
     indirect=["weight_bits"],
 )
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -407,7 +429,7 @@ def test_products_of_codes_are_exact(isa, weight_bits, act_bits, geometry, insid
     assert torch.equal(case.state(memory, 1), exact_output(case, 0, memory, codes))
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [*range(2, 9), 16])
 @pytest.mark.parametrize("zero_point", [0, 0.4, 1])
 def test_plain_quantization_rounds_as_the_simulation(isa, bits, zero_point):
     """Numbers near every border of two codes, on it, and far outside of the range."""
@@ -415,7 +437,7 @@ def test_plain_quantization_rounds_as_the_simulation(isa, bits, zero_point):
     x = torch.randint(-300, 301, (5, 16, 24)) * (case.scales / 2) * (1 + torch.randint(-2, 3, (5, 16, 24)) * 2**-23)
     x.view(-1)[:6] = torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-40, 4e9])
     _, (codes,) = case.run(available()[isa], x)
-    expected = functional.quantize(x, case.scales, case.zero_points, 0, case.largest.item())
+    expected = functional.quantize(x, case.scales, case.zero_points, range(case.largest.item() + 1))
     assert torch.equal(rearrange(torch.from_numpy(codes), "h w c -> c h w").float(), expected)
 
 

@@ -41,14 +41,20 @@ def test_every_instruction_set_draws_the_same_images(frozen, isa):
     assert torch.equal(ours, theirs)
 
 
+def flipped_too_often(student, x, t):
+    """Layers, with the share of their codes that differ: the finer the codes, the more numbers lie on a border."""
+    shares, layers = flipped_shares(student, x, t), dict(student.layers())
+    assert shares.keys() == layers.keys()
+    limits = {name: 1e-4 if layer.act_quantizer.qmax < 256 else 1e-3 for name, layer in layers.items()}
+    return {name: share for name, share in shares.items() if share >= limits[name]}
+
+
 def test_from_equal_inputs_codes_differ_from_the_simulation_only_on_a_border(frozen, buffer, isa, monkeypatch):
     """At timesteps of the tables, and between two."""
     monkeypatch.setenv(VARIABLE, isa)
     timesteps = frozen.clock.timesteps
     for step, t in ((0, timesteps[0]), (3, timesteps[3]), (5, timesteps[5]), (3, timesteps[3] + 40)):
-        shares = flipped_shares(frozen, buffer.x[:, step], t)
-        assert shares.keys() == dict(frozen.layers()).keys()
-        assert max(shares.values()) < 1e-4
+        assert flipped_too_often(frozen, buffer.x[:, step], t) == {}
 
 
 def test_learned_zero_points_count_as_in_the_simulation(frozen, buffer):
@@ -58,7 +64,7 @@ def test_learned_zero_points_count_as_in_the_simulation(frozen, buffer):
         largest = layer.act_quantizer.qmax
         layer.act_quantizer.zero_point.copy_(torch.tensor([-3.0, 1.5, 2.5, 4.7, largest + 2.0])[number % 5])
     x = buffer.x[:, 3]
-    assert max(flipped_shares(student, x, t).values()) < 1e-4
+    assert flipped_too_often(student, x, t) == {}
     error = (to_integer(student)(x, t).sample - student(x, t).sample).abs()
     assert error.median() < 1e-5
 

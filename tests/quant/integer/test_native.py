@@ -159,7 +159,7 @@ def write_input(path, network, images):
     """
     layers, proj = network.layers, network.student.unet.time_proj
     sums, biases = np.zeros(layers.channels, np.int32), np.zeros(layers.channels, np.float32)
-    for layer in layers.values():
+    for layer in layers.numbered:
         sums[layer.channels], biases[layer.channels] = layer.weight_sum, layer.bias
     options = [proj.num_channels // 2, proj.downscale_freq_shift, proj.flip_sin_to_cos, len(images)]
     time = network.time.program
@@ -172,7 +172,7 @@ def write_input(path, network, images):
         for norm, state in network.time.modulated.items()
     ]
     arrays = [np.array(options, np.int64), layers.table, layers.norm_table]
-    arrays += [layer.weight for layer in layers.values()]
+    arrays += [layer.weight for layer in layers.numbered]
     arrays += [numbers for norm in layers.norm_numbers for numbers in norm]
     arrays += [sums, biases]
     for program in (time.structure, *(program.structure for program in network.programs.values())):

@@ -96,7 +96,7 @@ def test_every_layer_of_other_unets_makes_the_simulations_codes(followed):
 def test_few_bits_run_as_the_simulation_from_the_disk(weight_bits, act_bits, tmp_path):
     """But for what a code on the other side of a border changes. On every instruction set with the same bytes."""
     unet, x = make_unet(16, "DownBlock2D", "AttnDownBlock2D", block_out_channels=(8, 24)), torch.randn(12, 3, 16, 16)
-    frozen = make_frozen(unet, QuantConfig(weight_bits, act_bits, edge_bits=4), x)
+    frozen = make_frozen(unet, QuantConfig(weight_bits, act_bits, edge_bits=4, edge_act_bits=4), x)
     assert max(flipped_shares(frozen, x, 700).values()) < 1e-3
     with torch.no_grad():
         simulated = frozen(x, 700).sample
@@ -110,7 +110,7 @@ def test_few_bits_run_as_the_simulation_from_the_disk(weight_bits, act_bits, tmp
 
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits", "fan_in"),
-    [(1, 8, 4_210_752), (1.58, 8, 4_210_752), (2, 8, 2_105_376), (8, 8, 32_896), (8, 2, 65_535)],
+    [(1, 8, 4_210_752), (1.58, 8, 4_210_752), (2, 8, 2_105_376), (8, 8, 32_896), (8, 2, 65_535), (8, 16, 32_896)],
 )
 def test_sums_that_leave_32_bits_are_refused(weight_bits, act_bits, fan_in):
     """Twice the largest weight times 255, or times the 128 that codes may be stored less: from 2³¹ on."""
@@ -129,6 +129,21 @@ def test_the_largest_product_is_that_of_the_codes(weight_bits, largest):
     layer = QuantLinear(nn.Linear(5, 3), weight_bits, 3, 1, Clock([0]))
     layer.freeze()
     assert IntegerLayer(0, "", layer, 0, 0).largest_product == 7 * largest
+
+
+def test_16_bits_are_two_digits_of_8():
+    layers = [QuantLinear(nn.Linear(5, 3), 4, bits, 1, Clock([0])) for bits in (16, 8)]
+    for layer in layers:
+        layer.freeze()
+    integers = Layers([("fine", layers[0]), ("coarse", layers[1])], [])
+    low, coarse = integers.values()
+    assert integers.numbered == [low, low.high, coarse]
+    assert [layer.number for layer in integers.numbered] == [0, 1, 2]
+    assert [layer.first_channel for layer in integers.numbered] == [0, 16, 32]
+    assert [layer.largest_product for layer in integers.numbered] == [255 * 8] * 3
+    assert low.high.weight is low.weight
+    assert not low.high.bias.any()
+    assert coarse.high is None
 
 
 @pytest.mark.parametrize(

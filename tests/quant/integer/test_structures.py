@@ -103,7 +103,7 @@ def test_an_image_is_the_simulations(name):
         expected = frozen(x, t, **conditions).sample
     actual = to_integer(frozen)(x, t, **conditions).sample
     errors = (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert errors.median() < 1e-5
+    assert errors.median() < 3e-5  # a code of 16 bits that goes the other way at the end
     assert errors.max() < 0.5
 
 
