@@ -98,7 +98,7 @@ def test_a_student_is_exported_in_its_real_bits_and_as_onnx(folders, tmp_path, c
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     eps = session.run(None, {"sample": x.numpy(), "timestep": np.array(500)})[0]
     np.testing.assert_allclose(eps, load_model(folders["teacher"]).denoiser(x, 500).sample, atol=1e-5)
-    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx"]
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "scheduler"]
 
 
 @pytest.mark.parametrize(
