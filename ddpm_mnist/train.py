@@ -36,7 +36,7 @@ class TeacherConfig:
     eps_scale: float = 1.0
     """Factor on ε in sampling, for the folder's scheduler: see ddpm_mnist/scheduler.py. Training does not know it."""
     total_updates: int = 20_000
-    """Optimiser updates."""
+    """Optimiser updates until the learning rate is zero."""
     batch_size: int = 64
     """Images per update and process."""
     learning_rate: float = 2e-3
@@ -45,6 +45,9 @@ class TeacherConfig:
     """Updates over which the learning rate rises linearly from zero."""
     decay_fraction: float = 0.4
     """Last part of the run, over which the learning rate falls linearly to zero."""
+    restart_updates: int = 0
+    """Further updates after total_updates: the learning rate begins again at half its height and falls linearly to
+    zero (a warm restart, arXiv 1608.03983)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     snr_gamma: float | None = 5.0
@@ -74,8 +77,9 @@ class TeacherConfig:
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         if any(side is not None and side < 1 for side in sides):
             raise ValueError(f"image_size must be positive, not {self.image_size}")
-        if self.warmup_updates < 0:
-            raise ValueError(f"warmup_updates must not be negative, not {self.warmup_updates}")
+        for name in ("warmup_updates", "restart_updates"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must lie in 0…2^32 - 1, not {self.seed}")
         if self.mixed_precision not in ("no", "bf16"):
@@ -83,7 +87,10 @@ class TeacherConfig:
 
 
 def learning_rate(config: TeacherConfig, update: int) -> float:
-    """Warm-up, plateau, linear decay: the trapezoid of arXiv 2405.18392."""
+    """Warm-up, plateau, linear decay: the trapezoid of arXiv 2405.18392. Then the warm restart."""
+    if update >= config.total_updates:
+        left = config.total_updates + config.restart_updates - update
+        return config.learning_rate / 2 * left / config.restart_updates
     rise = (update + 1) / max(config.warmup_updates, 1)
     fall = (config.total_updates - update) / max(config.decay_fraction * config.total_updates, 1)
     return config.learning_rate * min(rise, fall, 1.0)
@@ -151,7 +158,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     optimizers = make_optimizers(unet)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
-    first, seconds_before = 0, 0.0
+    first, seconds_before, num_updates = 0, 0.0, config.total_updates + config.restart_updates
     if (state := run.state) is not None:
         if state["images"] != digest:
             raise InputError(
@@ -172,8 +179,8 @@ def train_teacher(config: TeacherConfig) -> Path:
     weight = loss_weight(schedule.alphas_cumprod, config.snr_gamma).to(accelerator.device)
     start = time.monotonic()
     losses: list[Tensor] = []
-    with progress("teacher", config.total_updates, first, accelerator.is_main_process) as advance:
-        for update in range(first, config.total_updates):
+    with progress("teacher", num_updates, first, accelerator.is_main_process) as advance:
+        for update in range(first, num_updates):
             batch = draw_batch(images, config.batch_size, config.seed, update, accelerator.process_index)
             x0, eps, t = (tensor.to(accelerator.device) for tensor in batch)
             with accelerator.autocast():
@@ -191,7 +198,7 @@ def train_teacher(config: TeacherConfig) -> Path:
 
             done = update + 1
             seconds = seconds_before + time.monotonic() - start
-            last = done == config.total_updates
+            last = done == num_updates
             if done % config.log_every == 0 or last:
                 mean = torch.stack(losses).mean().item()
                 losses.clear()

@@ -40,8 +40,8 @@ def log_or_die(self, **row):
         os.kill(os.getpid(), signal.SIGKILL)
 RunState.log = log_or_die
 train.train_teacher(train.TeacherConfig(
-    output=folder, unet=UNetConfig((8, 16), norm_num_groups=4, attention_head_dim=8), total_updates=6,
-    batch_size=4, warmup_updates=2, log_every=1, save_every=2, grid_every=6))
+    output=folder, unet=UNetConfig((8, 16), norm_num_groups=4, attention_head_dim=8), total_updates=4,
+    restart_updates=2, batch_size=4, warmup_updates=2, log_every=1, save_every=2, grid_every=6))
 """
 
 
@@ -183,6 +183,12 @@ def test_the_learning_rate_is_a_trapezoid():
     assert rates[99] == pytest.approx(0.04)
 
 
+def test_the_learning_rate_begins_again_at_half_after_a_restart():
+    config = TeacherConfig(total_updates=100, restart_updates=50, learning_rate=2.0)
+    assert learning_rate(config, 99) < 0.06
+    assert [learning_rate(config, update) for update in (100, 125, 149)] == pytest.approx([1.0, 0.5, 0.02])
+
+
 def test_min_snr_weight_caps_the_loss_on_x0():
     """The squared error in x0 is that in ε over SNR: the weight min(SNR, γ)/SNR of one is min(SNR, γ) of the other."""
     alphas_cumprod = make_noise_schedule().alphas_cumprod
@@ -210,6 +216,7 @@ def test_a_batch_depends_on_seed_update_and_process(shape):
     ("options", "message"),
     [
         ({"total_updates": 0}, "total_updates must be positive, not 0"),
+        ({"restart_updates": -1}, "restart_updates must not be negative, not -1"),
         ({"decay_fraction": 2}, "decay_fraction must lie in"),
         ({"image_size": (0, 8)}, r"image_size must be positive, not \(0, 8\)"),
         ({"mixed_precision": "int4"}, 'mixed_precision must be "no" or "bf16", not "int4"'),
