@@ -45,8 +45,8 @@ class FeaturesConfig:
     learning_rate: float = 3e-3
     """Peak of the one-cycle schedule, above 0; a third of it for the second network."""
     seed: int = 0
-    """Seeds the initial weights, the order of the images and their augmentation: 0 to 2^32 - 1; the second network's are
-    seeded by the next number."""
+    """Seeds the initial weights, the order of the images and their augmentation, 0 to 2^32 - 1; `seed` + 1 those of
+    the second network."""
 
     def __post_init__(self) -> None:
         if self.data not in LABELLED:

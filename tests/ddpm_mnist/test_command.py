@@ -1,6 +1,8 @@
 import dataclasses
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -64,6 +66,25 @@ def test_an_unknown_option_proposes_the_nearest(name, words, message, tmp_path, 
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["efficientdm", "run"]
+from finetune.cli import main
+main()
+"""
+
+
+def test_an_interrupt_while_importing_is_one_line():
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "efficientdm run: interrupted\n")
 
 
 def test_an_unknown_command_proposes_the_nearest(monkeypatch, capsys):

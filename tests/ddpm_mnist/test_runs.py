@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ddpm_mnist import InputError, runs
 from ddpm_mnist.runs import RunState, lock_folder, progress, span, write_bytes
+from ddpm_mnist.unet import save_teacher
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip("this user may not mount a disk")
     yield folder
@@ -143,6 +144,12 @@ def test_a_full_disk_harms_nothing(small_disk):
     run.log_path.write_bytes(before[run.log_path])  # what of a line was written is cut off when the run goes on
     assert before == {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
     assert RunState(small_disk / "run", {"seed": 0}).state == {"update": 1}
+
+
+def test_a_teacher_that_finds_no_room_leaves_nothing(small_disk, unet):
+    with pytest.raises(InputError, match=r"cannot write .*teacher: .*No space left on device"):
+        save_teacher(unet, small_disk / "teacher")
+    assert not list((small_disk / "teacher").iterdir())
 
 
 def test_a_disk_that_is_read_only_is_refused(small_disk):
