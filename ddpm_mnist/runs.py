@@ -156,8 +156,7 @@ class RunState:
 
     def log(self, **row: Any) -> None:
         try:
-            with self.log_path.open("r+") as log:  # it was made at the start: a folder that is gone stays so
-                log.seek(0, os.SEEK_END)
+            with self.log_path.open("a") as log:
                 log.write(json.dumps(row) + "\n")
         except OSError as error:
             raise _cannot_write(self.log_path, error) from error
