@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,10 @@ from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.muon import Muon
-from ddpm_mnist.runs import RunState, progress, update_generator
+from ddpm_mnist.runs import RunState, progress, update_generator, write_bytes
 from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
 from ddpm_mnist.scheduler import check_eps_scale
+from ddpm_mnist.tracking import check_tracker
 from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
 
 
@@ -30,40 +32,44 @@ class TeacherConfig:
     """What to draw: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"; a folder of images; or a .npy file, uint8
     (N, H, W) or (N, H, W, 3). The network takes its channels and its size from it."""
     image_size: int | tuple[int, int] | None = None
-    """Images are resized to this height and width, one number for both; what lies outside these proportions is cut
-    off. None: as they are."""
+    """Images are resized to this height and width in pixels, one number for both; what lies outside these proportions
+    is cut off. None: as they are."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     eps_scale: float = 1.0
-    """Factor on ε in sampling, for the folder's scheduler: see ddpm_mnist/scheduler.py. Training does not know it."""
+    """Factor on ε in sampling, at least 1e-6, for the folder's scheduler (ddpm_mnist/scheduler.py). Training does not
+    know it."""
     total_updates: int = 20_000
-    """Optimiser updates until the learning rate is zero."""
+    """Optimiser updates until the learning rate is zero, at least 1."""
     batch_size: int = 64
-    """Images per update and process."""
+    """Images per update and process, at least 1."""
     learning_rate: float = 2e-3
-    """Learning rate between warm-up and decay, of Muon for the inner weights and of Adam for all else."""
+    """Learning rate between warm-up and decay, above 0, of Muon for the inner weights and of Adam for all else."""
     warmup_updates: int = 500
-    """Updates over which the learning rate rises linearly from zero."""
+    """Updates over which the learning rate rises linearly from zero, at least 0."""
     decay_fraction: float = 0.4
-    """Last part of the run, over which the learning rate falls linearly to zero."""
+    """Last part of the run, 0 to 1, over which the learning rate falls linearly to zero."""
     restart_updates: int = 0
-    """Further updates after total_updates: the learning rate begins again at half its height and falls linearly to
-    zero (a warm restart, arXiv 1608.03983)."""
+    """Further updates after total_updates, at least 0: the learning rate begins again at half its height and falls
+    linearly to zero (a warm restart, arXiv 1608.03983)."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm, above 0."""
     snr_gamma: float | None = 5.0
-    """Min-SNR loss weight min(SNR, γ) / SNR (arXiv 2303.09556, eq. 8 for ε). None: the unweighted loss of DDPM."""
+    """γ, above 0, of the Min-SNR loss weight min(SNR, γ) / SNR (arXiv 2303.09556, eq. 8 for ε). None: the unweighted
+    loss of DDPM."""
     ema_decay: float = 0.999
-    """Decay of the exponential moving average of the weights, which is what is saved and sampled."""
+    """Decay, 0 to 1, of the exponential moving average of the weights, which is what is saved and sampled."""
     mixed_precision: str = "no"
     """accelerate's: "no", or "bf16" for autocast to bfloat16."""
     seed: int = 0
-    """Seeds the initial weights and, with the update's number, everything that an update draws."""
+    """Seeds the initial weights and, with the update's number, everything that an update draws: 0 to 2^32 - 1."""
     log_every: int = 50
-    """Updates between two lines of log.jsonl."""
+    """Updates between two lines of log.jsonl, at least 1."""
     save_every: int = 500
-    """Updates between two saved states."""
+    """Updates between two saved states, at least 1."""
     grid_every: int = 2_500
-    """Updates between two grids of samples, `samples/<update>.png`."""
+    """Updates between two grids of samples, `samples/<update>.png`, at least 1."""
+    tracker: str = "none"
+    """Where losses, rates and grids are shown besides: "none", "tensorboard", "wandb" or "trackio"."""
 
     def __post_init__(self) -> None:
         check_eps_scale(self.eps_scale)
@@ -82,6 +88,7 @@ class TeacherConfig:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must lie in 0…2^32 - 1, not {self.seed}")
+        check_tracker(self.tracker)
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f'mixed_precision must be "no" or "bf16", not "{self.mixed_precision}"')
 
@@ -141,9 +148,9 @@ def train_teacher(config: TeacherConfig) -> Path:
             configuration or to other images.
     """
     fingerprint = dataclasses.asdict(config)
-    for free in ("output", "eps_scale", "log_every", "save_every", "grid_every"):
+    for free in ("output", "eps_scale", "log_every", "save_every", "grid_every", "tracker"):
         del fingerprint[free]
-    run = RunState(config.output, {**fingerprint, "optimizer": "muon"})
+    run = RunState(config.output, {**fingerprint, "optimizer": "muon"}, config.tracker)
     images = load_images(config.data, "train", config.image_size)
     if len(images) < config.batch_size:
         raise InputError(
@@ -210,8 +217,10 @@ def train_teacher(config: TeacherConfig) -> Path:
                 ema.copy_to(unet.parameters())
                 whole, solver = accelerator.unwrap_model(unet), Solver(SamplerConfig(eps_scale=config.eps_scale))
                 pictures = sample(whole, solver, num_images=64, device=accelerator.device)
-                (config.output / "samples").mkdir(exist_ok=True)
-                save_image((to_float(pictures) + 1) / 2, config.output / "samples" / f"{done:06d}.png")
+                png = io.BytesIO()
+                save_image((to_float(pictures) + 1) / 2, png, format="png")
+                write_bytes(config.output / "samples" / f"{done:06d}.png", png.getvalue())
+                run.tracker.picture("samples", png.getvalue(), done)
                 ema.restore(unet.parameters())
             if accelerator.is_main_process and (done % config.save_every == 0 or last):
                 whole = accelerator.unwrap_model(unet)
@@ -229,4 +238,5 @@ def train_teacher(config: TeacherConfig) -> Path:
         whole = accelerator.unwrap_model(unet)
         ema.copy_to(whole.parameters())
         save_teacher(whole, config.output, config.eps_scale)
+        run.tracker.finish()
     return config.output

@@ -41,16 +41,16 @@ class BenchConfig:
     teacher: str = "teacher"
     """The full-precision model: a released name, or a folder of diffusers."""
     batch_sizes: tuple[int, ...] = (1, 16, 64, 256)
-    """Images per denoising step."""
+    """Images per denoising step, each at least 1."""
     rounds: int = 15
-    """Interleaved rounds: in each, every runtime takes one step; the table shows medians."""
+    """Interleaved rounds, at least 1: in each, every runtime takes one step; the table shows medians."""
     isa: str = "best"
     """Instruction sets of the integer student: "best", as EFFICIENTDM_ISA or the processor chooses; "all" that the
     processor has, side by side; or one by its name."""
     threads: int = 0
-    """Threads of every runtime; 0: as many as PyTorch takes."""
+    """Threads of every runtime, at least 0: as many as PyTorch takes."""
     num_steps: int = 20
-    """Denoising steps per image, for images_per_second."""
+    """Denoising steps per image, at least 1, for images_per_second."""
     output: Path = Path("bench.json")
     """JSON; the table as Markdown is written beside it."""
 

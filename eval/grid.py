@@ -20,14 +20,14 @@ from eval.sample import DrawConfig, draw
 class GridConfig(SamplerConfig):
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "released names, run folders or folders of diffusers, a row each"},
+        metadata={"help": "Released names, run folders or folders of diffusers, a row each."},
     )
     columns: int = 12
-    """Images per row."""
+    """Images per row, at least 1."""
     seed: int = 0
-    """Column i starts from the noise of seed + i."""
+    """Column i starts from the noise of seed + i: 0 to 2^31 - the number of images."""
     num_images: int = 0
-    """Images to measure each row's FID on; 0: show the FID that the model's folder records, if it does."""
+    """Images to measure each row's FID on, at least 2; 0: show the FID that the model's folder records, if it does."""
     features: str | None = None
     """The ruler of that FID: a folder of `efficientdm features`. None: the released one, of MNIST."""
     runtime: str = "integer"

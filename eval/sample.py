@@ -20,11 +20,11 @@ class DrawConfig(SamplerConfig):
     model: str = "teacher"
     """A released name, a run folder, or a folder of diffusers."""
     num_images: int = 64
-    """Images to draw."""
+    """Images to draw, at least 1."""
     seed: int = 0
-    """Image i starts from the noise of seed + i."""
+    """Image i starts from the noise of seed + i: 0 to 2^31 - num_images."""
     batch_size: int = 64
-    """Images that are denoised at once. It decides the speed, not the images, but for the last bits of floats."""
+    """Images that are denoised at once, at least 1. It decides the speed, not the images, but for floats' last bits."""
     runtime: str = "integer"
     """How a student runs: "integer", or "simulated" in float."""
 

@@ -1,9 +1,12 @@
 """The console script `efficientdm`: one subcommand per job, each a function with a typed config."""
 
+import difflib
 import importlib
+import os
 import signal
 import sys
-from typing import NamedTuple
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
@@ -43,7 +46,8 @@ def usage() -> str:
         "usage: efficientdm COMMAND [--config FILE.yaml] [--OPTION VALUE …]\n\n"
         "A laboratory for low-bit diffusion: a full-precision teacher draws digits, a 2- to 8-bit student learns\n"
         f"from it without data, and both are measured.\n\ncommands:\n{rows}\n\n"
-        "`efficientdm COMMAND --help` explains its options, `--print_config` prints them as YAML.\n"
+        "`efficientdm COMMAND --help` explains its options, `--print_config` prints them as YAML;\n"
+        "`efficientdm --version` tells the version.\n"
         "Start here: efficientdm run --config configs/quick.yaml"
     )
 
@@ -56,13 +60,30 @@ def main() -> None:
         print(usage())
         sys.exit(0 if arguments else 2)
     name = arguments[0]
+    if name == "--version":
+        print(f"efficientdm {version('efficientdm')}")
+        sys.exit(0)
     if name not in COMMANDS:
-        print(f'efficientdm: no command "{name}"; there are {", ".join(COMMANDS)}', file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        proposal = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(COMMANDS)}"
+        print(f'efficientdm: no command "{name}"; {proposal}', file=sys.stderr)
         sys.exit(2)
-    command = COMMANDS[name]
-    # Only now: torch and diffusers take seconds to import.
-    from ddpm_mnist.command import run_command
+    start(name, f"efficientdm {name}", arguments[1:])
 
+
+def start(name: str, prog: str, arguments: list[str]) -> None:
+    """Run the command of that name with the words `arguments`; messages begin with `prog`."""
+
+    def leave(*_: Any) -> None:
+        os.write(2, f"{prog}: interrupted\n".encode())
+        os._exit(130)
+
+    # Only now: torch and diffusers take seconds to import. An exception in the midst of it they may take for another.
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    command = COMMANDS[name]
+    run_command = importlib.import_module("ddpm_mnist.command").run_command
     module = importlib.import_module(command.module)
-    config_class = getattr(module, command.config)
-    run_command(f"efficientdm {name}", getattr(module, command.function), config_class, arguments[1:])
+    signal.signal(signal.SIGINT, handler)
+    run_command(prog, getattr(module, command.function), getattr(module, command.config), arguments)

@@ -13,7 +13,7 @@ import torch
 
 from ddpm_mnist import InputError
 from ddpm_mnist.noise import STREAM
-from ddpm_mnist.runs import RunState, write_bytes, write_json, write_text
+from ddpm_mnist.runs import RunState, lock_folder, prepare_output, write_bytes, write_json, write_text
 from ddpm_mnist.sampler import to_uint8
 from eval import plots
 from eval.features import Ruler, load_ruler
@@ -134,9 +134,9 @@ class LadderConfig:
     rungs: tuple[str, ...] = tuple(RUNGS)
     """Rungs to climb, also by the names of `STEPS`, "teacher" for none; one that is finished is not run again."""
     seeds: int = 3
-    """Distillations of those rungs whose spread is told; of the others there is one."""
+    """Distillations, at least 1, of those rungs whose spread is told; of the others there is one."""
     teacher_steps: tuple[int, ...] = TEACHER_STEPS
-    """Numbers of steps to score the teacher at, beside the base's."""
+    """Numbers of steps to score the teacher at, each at least 1, beside the base's."""
     base: RunConfig = field(default_factory=RunConfig)
     """The full method; every rung changes a part of it. Its runtime and grid_columns serve all rungs."""
 
@@ -183,6 +183,8 @@ def climb(config: LadderConfig) -> Path:
     for name in config.students:
         teacher.solver(rung_config(base, name, config.output).sampler)
         teacher.solver(_drawing(base, RUNGS[name].num_steps))
+    prepare_output(config.output / "ladder.json")
+    lock_folder(config.output)
     reference, _ = _images(config.output / "teacher", teacher, _drawing(base, 0))
     scores = []
     for num_steps in (0, *config.teacher_steps):
@@ -201,7 +203,7 @@ def climb(config: LadderConfig) -> Path:
             if (run.output / "state").exists():
                 RunState(run.output, fingerprint(run, teacher))  # refuses a rung of other settings
             if not (run.output / "config.json").exists():
-                distill_student(run)
+                distill_student(run).run.tracker.finish()
             student = load_model(str(run.output), run.runtime)
             score = _score(
                 folder, dataclasses.replace(student, name=name), _drawing(base, rung.num_steps), reference, ruler

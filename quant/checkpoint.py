@@ -37,10 +37,13 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, f
     content = {"format": FORMAT, **config, "codes": codes}
     content["sha256"] = _digest(content, weights)
     beside = folder / ".partial"  # a file is whole or not there
-    beside.write_bytes(weights)
-    beside.replace(folder / WEIGHTS)
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.replace(folder / CONFIG)
+    try:
+        beside.write_bytes(weights)
+        beside.replace(folder / WEIGHTS)
+        beside.write_text(json.dumps(content, indent=2) + "\n")
+        beside.replace(folder / CONFIG)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -39,6 +39,8 @@ SKIPPED_TO = (UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D, CrossAttnUpBlock2
 
 @dataclass
 class QuantConfig:
+    """The student's bits, and how its quantizers begin."""
+
     weight_bits: int | float = 4
     """Bits of every weight but for the layers of `edge_bits`: 2…8, 1.58 (-1, 0 and 1 times a step size) or 1 (plus or
     minus a step size)."""
@@ -50,7 +52,7 @@ class QuantConfig:
     edge_act_bits: int = 16
     """Bits of the inputs of the layers of `edge_bits`: 2…8 or 16, which on integers take two lines of 8 bits each."""
     rank: int = 8
-    """Rank of the adapters of QALoRA."""
+    """Rank of the adapters of QALoRA, at least 1."""
     per_step: bool = True
     """An activation step size and zero point for every denoising step (TALSQ), or one for all."""
     search: str = "error"

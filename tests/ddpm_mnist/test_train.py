@@ -9,9 +9,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.runs import read_log
 from ddpm_mnist.train import (
     TeacherConfig,
     draw_batch,
@@ -75,6 +77,17 @@ def tiny(folder, **options):
 def draw_black(monkeypatch):
     images = torch.zeros(4, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr("ddpm_mnist.train.load_images", lambda data, split, size: images)
+
+
+def test_the_tracker_shows_losses_rates_and_samples_and_is_no_part_of_a_run(tmp_path, monkeypatch):
+    draw_black(monkeypatch)
+    train_teacher(tiny(tmp_path, tracker="tensorboard"))
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (row,) = read_log(tmp_path / "log.jsonl")
+    for name in ("loss", "learning_rate"):
+        assert [(event.step, event.value) for event in shown.Scalars(name)] == [(1, pytest.approx(row[name]))]
+    assert [(event.step, event.height) for event in shown.Images("samples")] == [(1, 82)]
+    train_teacher(tiny(tmp_path))
 
 
 def test_a_state_of_another_optimiser_is_refused(tmp_path, monkeypatch):
