@@ -2,7 +2,7 @@
 
 import sys
 
-from ddpm_mnist.command import run_command
-from finetune.pipeline import RunConfig, run
+from finetune.cli import main
 
-run_command("python -m finetune", run, RunConfig, sys.argv[1:])
+sys.argv.insert(1, "run")
+main()

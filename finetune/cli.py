@@ -1,6 +1,7 @@
 """The console script `efficientdm`: one subcommand per job, each a function with a typed config."""
 
 import importlib
+import io
 import signal
 import sys
 from typing import NamedTuple
@@ -13,12 +14,15 @@ class Command(NamedTuple):
     function: str
     config: str
     help: str
+    default: str | None = None
+    """The file of configs/ that is read where no --config is given."""
 
 
 COMMANDS = {
     "run": Command(
         "finetune.pipeline", "run", "RunConfig",
         "The main job: trajectories from noise, calibration, distillation, scores, grid, report",
+        default="quick",
     ),
     "distill": Command(
         "finetune.pipeline", "distill_student", "RunConfig", "Make a student, without scores, grid and report"
@@ -37,6 +41,7 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """The help of the script itself."""
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     return (
@@ -44,11 +49,15 @@ def usage() -> str:
         "A laboratory for low-bit diffusion: a full-precision teacher draws digits, a 2- to 8-bit student learns\n"
         f"from it without data, and both are measured.\n\ncommands:\n{rows}\n\n"
         "`efficientdm COMMAND --help` explains its options, `--print_config` prints them as YAML.\n"
-        "Start here: efficientdm run --config configs/quick.yaml"
+        "Start here: efficientdm run"
     )
 
 
 def main() -> None:
+    """Run the subcommand that the command line names."""
+    for stream in (sys.stdout, sys.stderr):  # Windows gives a pipe an encoding that has no ε and no ↓
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         if hasattr(signal, "SIGPIPE"):  # a reader that leaves, as `head` does, is no error
@@ -61,8 +70,10 @@ def main() -> None:
         sys.exit(2)
     command = COMMANDS[name]
     # Only now: torch and diffusers take seconds to import.
-    from ddpm_mnist.command import run_command
+    from ddpm_mnist.command import one_line_errors, run_command
 
-    module = importlib.import_module(command.module)
-    config_class = getattr(module, command.config)
-    run_command(f"efficientdm {name}", getattr(module, command.function), config_class, arguments[1:])
+    prog = f"efficientdm {name}"
+    with one_line_errors(prog):
+        module = importlib.import_module(command.module)
+    function, config_class = getattr(module, command.function), getattr(module, command.config)
+    run_command(prog, function, config_class, arguments[1:], command.default)
