@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddpm_mnist import InputError
+from ddpm_mnist.files import one_line, parse_json, read_limited, read_state
 from ddpm_mnist.tracking import Tracker
 
 
@@ -42,10 +43,12 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write as UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write as JSON, as `write_bytes` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -55,6 +58,8 @@ def prepare_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(path, error) from error
+    except ValueError as error:  # a name with a zero byte
+        raise InputError(f"cannot write {str(path)!r}: {error}") from error
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
     if not os.access(path.parent, os.W_OK):
@@ -125,24 +130,46 @@ class RunState:
         self.tracker = Tracker(tracker, folder)
 
     def _resume(self, folder: Path) -> None:
-        try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            theirs, log_bytes, self.state = saved["fingerprint"], saved["log_bytes"], saved["state"]
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{self.path} cannot be read; delete {folder} to start anew ({reason})") from error
-        ours, theirs = flat(self.fingerprint), flat(theirs)
-        for key in sorted(ours.keys() | theirs.keys()):
-            then, now = theirs.get(key), ours.get(key)
-            if then != now:
-                raise InputError(
-                    f"{folder} was begun with {key} = {then}, now it is {now}: "
-                    "choose another output folder, or delete this one"
-                )
+        with self.restoring():
+            saved = read_state(self.path)
+            ours, theirs = flat(self.fingerprint), flat(saved["fingerprint"])
+            differing = [key for key in sorted(ours.keys() | theirs.keys()) if theirs.get(key) != ours.get(key)]
+            log_bytes, self.state = saved["log_bytes"], saved["state"]
+        if differing:
+            key = differing[0]
+            raise InputError(
+                f"{folder} was begun with {key} = {theirs.get(key)}, now it is {ours.get(key)}: "
+                "choose another output folder, or delete this one"
+            )
         if not self.log_path.exists():
             raise InputError(f"{self.log_path} is gone; delete {folder} to start anew")
-        with self.log_path.open("r+b") as log:
+        with self.restoring(), self.log_path.open("r+b") as log:
+            if type(log_bytes) is not int or not 0 <= log_bytes <= self.log_path.stat().st_size:
+                raise ValueError(f"{self.log_path.name} has not the {log_bytes} bytes that it had")
             log.truncate(log_bytes)
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Inside, whatever keeps the state from being taken over is an InputError that names its file."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # whatever is wrong with a state, it is of no use
+            reason = one_line(str(error) or type(error).__name__)
+            raise InputError(
+                f"{self.path} cannot be read; delete {self.path.parents[1]} to start anew ({reason})"
+            ) from error
+
+    def progress(self, total: int) -> tuple[int, float]:
+        """How many of `total` updates the state has seen, and the seconds that they took; (0, 0.0) without a state."""
+        if self.state is None:
+            return 0, 0.0
+        with self.restoring():
+            update, seconds = self.state["update"], self.state["seconds"]
+            if type(update) is not int or not 0 <= update <= total or not 0 <= seconds < float("inf"):
+                raise ValueError(f"it says {update} of {total} updates in {seconds} seconds")
+            return update, float(seconds)
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep `state` (tensors, numbers, and containers of them), in one step."""
@@ -155,6 +182,7 @@ class RunState:
         write_bytes(self.path, content.getvalue())
 
     def log(self, **row: Any) -> None:
+        """Append a line to the log, and show it in the tracker."""
         try:
             with self.log_path.open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -172,6 +200,25 @@ def flat(nested: dict[str, Any]) -> dict[str, Any]:
     return joined
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: set[str]) -> None:
+    """Give `optimizer` what its `state_dict()` kept of each parameter; its options stay those of the configuration.
+
+    Args:
+        names: what the optimizer keeps of a parameter: "step", one number, and others of the parameter's shape.
+
+    Raises:
+        ValueError: `saved` is of other parameters, or another optimizer's.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, kept in saved["state"].items():
+        for name in names | kept.keys():
+            # A fused step reads as many numbers as its parameter has, whatever is there.
+            shape = () if name == "step" else parameters[number].shape
+            if name not in names or not kept[name].is_floating_point() or kept[name].shape != shape:
+                raise ValueError(f"{name} of parameter {number} is not this optimizer's")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+
+
 def update_generator(seed: int, update: int, rank: int = 0) -> torch.Generator:
     """The generator of everything that one update of one process draws, so that a resumed run repeats it.
 
@@ -181,8 +228,15 @@ def update_generator(seed: int, update: int, rank: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + rank * 0x85EBCA77 + update) % (1 << 32))
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a log; InputError where a line is none, of numbers with names."""
+    try:
+        rows = [parse_json(line, path.name) for line in read_limited(path).splitlines()]
+        if not all(isinstance(value, int | float) for row in rows for value in row.values()):
+            raise ValueError(f"{path.name} holds what is no number")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no log of a run: {error}") from error
+    return rows
 
 
 def span(seconds: float) -> str:

@@ -6,6 +6,7 @@ import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.muon import Muon
-from ddpm_mnist.runs import RunState, progress, update_generator, write_bytes
+from ddpm_mnist.runs import RunState, progress, restore_optimizer, update_generator, write_bytes
 from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
 from ddpm_mnist.scheduler import check_eps_scale
 from ddpm_mnist.tracking import check_tracker
@@ -137,6 +138,15 @@ def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
     return torch.ones_like(snr) if snr_gamma is None else snr.clamp(max=snr_gamma) / snr
 
 
+def restore_ema(ema: EMAModel, saved: dict[str, Any]) -> None:
+    """Give `ema` the mean that its `state_dict()` kept, and its age; ValueError where it is of other parameters."""
+    shapes = [[mean.shape for mean in means] for means in (ema.shadow_params, saved["shadow_params"])]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the moving average is of other parameters")
+    taken = {name: saved[name] for name in ("shadow_params", "optimization_step")}
+    ema.load_state_dict({**ema.state_dict(), **taken})
+
+
 def train_teacher(config: TeacherConfig) -> Path:
     """Train the teacher of `config` on its images, or go on where its folder left off.
 
@@ -165,18 +175,20 @@ def train_teacher(config: TeacherConfig) -> Path:
     optimizers = make_optimizers(unet)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
-    first, seconds_before, num_updates = 0, 0.0, config.total_updates + config.restart_updates
+    num_updates = config.total_updates + config.restart_updates
+    first, seconds_before = run.progress(num_updates)
     if (state := run.state) is not None:
-        if state["images"] != digest:
-            raise InputError(
-                f"{config.output} was begun with other images than {config.data} holds now: "
-                "choose another output folder, or delete this one"
-            )
-        unet.load_state_dict(state["unet"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema.load_state_dict(state["ema"])
-        first, seconds_before = state["update"], state["seconds"]
+        with run.restoring():
+            if state["images"] != digest:
+                raise InputError(
+                    f"{config.output} was begun with other images than {config.data} holds now: "
+                    "choose another output folder, or delete this one"
+                )
+            unet.load_state_dict(state["unet"])
+            kept = ({"mean"}, {"step", "exp_avg", "exp_avg_sq"})
+            for optimizer, saved, names in zip(optimizers, state["optimizers"], kept, strict=True):
+                restore_optimizer(optimizer, saved, names)
+            restore_ema(ema, state["ema"])
 
     if accelerator.is_main_process:
         save_config(config, config.output / "config.yaml")

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -16,12 +17,15 @@ class Command(NamedTuple):
     function: str
     config: str
     help: str
+    default: str | None = None
+    """The file of configs/ that is read where no --config is given."""
 
 
 COMMANDS = {
     "run": Command(
         "finetune.pipeline", "run", "RunConfig",
         "The main job: trajectories from noise, calibration, distillation, scores, grid, report",
+        default="quick",
     ),
     "distill": Command(
         "finetune.pipeline", "distill_student", "RunConfig", "Make a student, without scores, grid and report"
@@ -40,6 +44,7 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """The help of the script itself."""
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     return (
@@ -48,11 +53,15 @@ def usage() -> str:
         f"from it without data, and both are measured.\n\ncommands:\n{rows}\n\n"
         "`efficientdm COMMAND --help` explains its options, `--print_config` prints them as YAML;\n"
         "`efficientdm --version` tells the version.\n"
-        "Start here: efficientdm run --config configs/quick.yaml"
+        "Start here: efficientdm run"
     )
 
 
 def main() -> None:
+    """Run the subcommand that the command line names."""
+    for stream in (sys.stdout, sys.stderr):  # Windows gives a pipe an encoding that has no ε and no ↓
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         if hasattr(signal, "SIGPIPE"):  # a reader that leaves, as `head` does, is no error
@@ -83,7 +92,10 @@ def start(name: str, prog: str, arguments: list[str]) -> None:
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
     command = COMMANDS[name]
-    run_command = importlib.import_module("ddpm_mnist.command").run_command
-    module = importlib.import_module(command.module)
+    from ddpm_mnist.command import one_line_errors, run_command
+
+    with one_line_errors(prog):
+        module = importlib.import_module(command.module)
     signal.signal(signal.SIGINT, handler)
-    run_command(prog, getattr(module, command.function), getattr(module, command.config), arguments)
+    function, config_class = getattr(module, command.function), getattr(module, command.config)
+    run_command(prog, function, config_class, arguments, command.default)

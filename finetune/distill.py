@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_mnist.runs import RunState, progress, update_generator
+from ddpm_mnist.runs import RunState, progress, restore_optimizer, update_generator
 from ddpm_mnist.sampler import Solver, to_float
 from finetune.trajectories import Trajectories
 from quant import QuantizedUNet
@@ -233,11 +233,11 @@ def fit(
     """
     optimizer = torch.optim.Adam(groups, lr=0.0, fused=True)
     learned = [parameter for group in groups for parameter in group["params"]]
-    first, seconds_before = 0, 0.0
+    first, seconds_before = run.progress(config.num_updates)
     if (state := run.state) is not None:
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds_before = state["update"], state["seconds"]
+        with run.restoring():
+            student.load_state_dict(state["student"])
+            restore_optimizer(optimizer, state["optimizer"], {"step", "exp_avg", "exp_avg_sq"})
         print(f"Going on from update {first} of {config.num_updates}.")
     start, losses = time.monotonic(), []
 

@@ -312,7 +312,7 @@ def run(config: RunConfig) -> Path:
         scores=scores,
         floor=ruler.floor,
         layers=layers,
-        config=(config.output / "config.yaml").read_text(),
+        config=(config.output / "config.yaml").read_text("utf-8"),
         **figures,
     )
     print_scores(scores, ruler.floor)

@@ -46,6 +46,30 @@ def test_samples_as_array_and_as_picture(teacher_folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["x.npy", "x.png"]
 
 
+def test_an_array_that_was_killed_is_gone_on_with(teacher_folder, tmp_path, capsys):
+    options = {"model": teacher_folder, "num_images": 150, "num_steps": 20, "batch_size": 7}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", "sample", *words, "--output", "x.npy"]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not (found := list(tmp_path.glob(".x.npy.*.partial"))) or found[0].stat().st_size < 3 * 7 * 28 * 28:
+        assert child.poll() is None, "it ended before it could be killed"
+    child.kill()
+    child.wait()
+    assert not (tmp_path / "x.npy").exists()
+    with found[0].open("ab") as file:
+        file.truncate(found[0].stat().st_size - 100)  # torn in the middle of an image
+    (tmp_path / ".x.npy.123456789abc.partial").write_bytes(b"of other settings")
+
+    write_samples(SampleConfig(output=tmp_path / "x.npy", **options))
+    assert "Going on from image " in capsys.readouterr().out
+    write_samples(SampleConfig(output=tmp_path / "whole.npy", **options))
+    assert "Going on" not in capsys.readouterr().out
+    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    images, _ = draw(load_model(teacher_folder), DrawConfig(**options))
+    assert np.array_equal(np.load(tmp_path / "x.npy"), images.numpy())
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["whole.npy", "x.npy"]
+
+
 def test_fid_writes_one_object(student_folder, tmp_path, capsys):
     output = tmp_path / "deep" / "fid.json"
     print_fid(FidConfig(model=student_folder, num_images=12, num_steps=2, seed=4, output=output))
