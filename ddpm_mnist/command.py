@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,8 +12,11 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 from ddpm_mnist.runs import write_text
+
+# What is wrong for every process the main one says, and its end ends the others before so many seconds are over.
+SECONDS_TO_SPEAK = 5
 
 
 def run_command(prog: str, function: Callable[[Any], Any], config_class: type, arguments: list[str]) -> Any:
@@ -20,8 +25,11 @@ def run_command(prog: str, function: Callable[[Any], Any], config_class: type, a
     Options are the fields of the dataclass, nested ones with dots; `--config` reads them from YAML. Dashes and
     underscores in their names are the same; a field of type list takes its values one after the other.
 
-    Wrong input, on the command line or found later as InputError, prints one line and exits with code 2.
+    Wrong input, on the command line or found later as InputError, prints one line and exits with code 2. Of several
+    processes (`ddpm_mnist.processes`) the main one alone prints.
     """
+    if not processes.is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lasts)
     # The help of an option is the docstring under its field.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=prog, description=inspect.getdoc(function), exit_on_error=False)
@@ -42,9 +50,13 @@ def run_command(prog: str, function: Callable[[Any], Any], config_class: type, a
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError) as error:
         _fail(prog, str(error), 2)
     try:
-        return function(config)
+        result = function(config)
+        processes.leave()
+        return result
     except (InputError, OSError) as error:
         _fail(prog, str(error), 2)
+    except processes.ProcessLost as error:
+        _fail(prog, str(error), 1)
     except KeyboardInterrupt:
         _fail(prog, "interrupted", 130)
 
@@ -69,6 +81,9 @@ def _underscored(word: str) -> str:
 
 
 def _fail(prog: str, message: str, code: int) -> NoReturn:
+    if not processes.is_main():
+        time.sleep(SECONDS_TO_SPEAK)
+        prog = f"{prog}, process {processes.rank()}"
     print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
+    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one.
+
+    Of several processes the main one writes, here and in `RunState`.
+    """
+    if not processes.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_bytes(content)
@@ -31,6 +36,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def prepare_output(path: Path) -> None:
     """Make the folder of an output before long work starts; InputError if it cannot hold the file."""
+    processes.from_main(lambda: _prepare_output(path))
+
+
+def _prepare_output(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,7 +57,8 @@ class RunState:
     run continues under settings that its earlier part did not have.
 
     Attributes:
-        state: what was saved last, or None for a new run. The log is cut back to that moment.
+        state: what was saved last, or None for a new run. The log is cut back to that moment. Of several processes
+            the main one alone reads the folder and writes into it.
 
     Raises:
         InputError: the folder belongs to another configuration, holds a model but no state, or cannot be read.
@@ -58,19 +68,21 @@ class RunState:
         self.path = folder / "state" / "latest.pt"
         self.log_path = folder / "log.jsonl"
         self.fingerprint = fingerprint
-        self.state: dict[str, Any] | None = None
+        self.state: dict[str, Any] | None = processes.from_main(lambda: self._open(folder))
+
+    def _open(self, folder: Path) -> dict[str, Any] | None:
         if self.path.exists():
-            self._resume(folder)
-            return
+            return self._resume(folder)
         if (folder / "config.json").exists() or (folder / "unet").exists():
             raise InputError(f"{folder} holds a model but no state to go on from: choose another output folder")
         prepare_output(self.log_path)
         self.log_path.write_text("")
+        return None
 
-    def _resume(self, folder: Path) -> None:
+    def _resume(self, folder: Path) -> dict[str, Any]:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            theirs, log_bytes, self.state = saved["fingerprint"], saved["log_bytes"], saved["state"]
+            theirs, log_bytes, state = saved["fingerprint"], saved["log_bytes"], saved["state"]
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"{self.path} cannot be read; delete {folder} to start anew ({reason})") from error
@@ -86,9 +98,12 @@ class RunState:
             raise InputError(f"{self.log_path} is gone; delete {folder} to start anew")
         with self.log_path.open("r+b") as log:
             log.truncate(log_bytes)
+        return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep `state` (tensors, numbers, and containers of them), in one step."""
+        if not processes.is_main():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".tmp")
         log_bytes = self.log_path.stat().st_size
@@ -96,6 +111,8 @@ class RunState:
         beside.replace(self.path)
 
     def log(self, **row: Any) -> None:
+        if not processes.is_main():
+            return
         with self.log_path.open("a") as log:
             log.write(json.dumps(row) + "\n")
 
@@ -109,13 +126,13 @@ def _flat(nested: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def update_generator(seed: int, update: int, rank: int = 0) -> torch.Generator:
-    """The generator of everything that one update of one process draws, so that a resumed run repeats it.
+def update_generator(seed: int, update: int) -> torch.Generator:
+    """The generator of everything that one update draws, in all processes together, so that a resumed run repeats it.
 
-    torch's generator on the CPU uses 32 bits of its seed and drops the rest without a word. Seeds and ranks are
-    spread over those bits by odd constants; the updates of each count up from there.
+    torch's generator on the CPU uses 32 bits of its seed and drops the rest without a word. Seeds are spread over
+    those bits by an odd constant; the updates of each count up from there.
     """
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + rank * 0x85EBCA77 + update) % (1 << 32))
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + update) % (1 << 32))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -123,9 +140,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def progress(label: str, total: int, completed: int = 0, visible: bool = True) -> Iterator[Callable[..., None]]:
+def progress(label: str, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar with the time left; yields `advance(completed, status="")`."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[status]}"), disable=not visible) as bar:
+    with Progress(*columns, TextColumn("{task.fields[status]}")) as bar:
         task = bar.add_task("", total=total, completed=completed, status="")
         yield lambda completed, status="": bar.update(task, completed=completed, status=status)

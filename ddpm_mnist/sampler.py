@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm_mnist import InputError
 from ddpm_mnist.exact import Array, log
 from ddpm_mnist.noise import draw_noise, image_generators
+from ddpm_mnist.processes import share_out
 from ddpm_mnist.schedule import Schedule, house_schedule
 from ddpm_mnist.scheduler import check_eps_scale
 
@@ -320,15 +321,16 @@ def sample(
     """Images uint8 (num_images, H, W), or (num_images, H, W, C) of more channels than one, on the CPU.
 
     Image i starts from the noise of seed + i. `progress` is called after each batch with the number that are done.
+    Several processes share out the batches; each gets all images.
     """
-    done, images = 0, []
-    for seeds in batches(seed, num_images, batch_size):
+
+    def draw(seeds: range) -> Tensor:
         for step in denoise(denoiser, solver, seeds, device):
             x = step.x_next
-        images.append(to_uint8(x))
-        done += len(seeds)
-        progress(done)
-    return torch.cat(images)
+        return to_uint8(x)
+
+    parts = list(batches(seed, num_images, batch_size))
+    return torch.cat(share_out(draw, parts, lambda done: progress(min(done * batch_size, num_images))))
 
 
 def to_float(images: Tensor) -> Tensor:
