@@ -5,8 +5,10 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, NoReturn, get_args
 import jsonargparse
 import yaml
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 from ddpm_mnist.files import one_line, read_limited
 from ddpm_mnist.runs import write_text
 
@@ -23,6 +25,9 @@ from ddpm_mnist.runs import write_text
 CONFIGS = Path(__file__).parent / "configs"
 if not CONFIGS.is_dir():
     CONFIGS = Path(__file__).parents[1] / "configs"
+
+# What is wrong for every process the main one says, and its end ends the others before so many seconds are over.
+SECONDS_TO_SPEAK = 5
 
 # What of the installation only some commands need: the extra of pyproject.toml that brings each module.
 EXTRAS = {
@@ -43,11 +48,14 @@ def run_command(
     the name of one in `CONFIGS`. Dashes and underscores in their names are the same; a field of type list takes its
     values one after the other.
 
-    Wrong input, on the command line or found later as InputError, prints one line and exits with code 2.
+    Wrong input, on the command line or found later as InputError, prints one line and exits with code 2. Of several
+    processes (`ddpm_mnist.processes`) the main one alone prints.
 
     Args:
         default: what `--config` is where the arguments have none.
     """
+    if not processes.is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lasts)
     parser = _make_parser(prog, function, config_class, default)
     options = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     words = [_underscored(word) for word in arguments]
@@ -64,7 +72,9 @@ def run_command(
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, OverflowError) as error:
         _fail(prog, str(error), 2)
     with one_line_errors(prog, str(getattr(config, "output", ""))):
-        return function(config)
+        result = function(config)
+        processes.leave()
+        return result
 
 
 @contextmanager
@@ -87,6 +97,8 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
         if missing not in EXTRAS:
             raise
         _fail(prog, f"this needs {missing}, which is not installed: pip install 'efficientdm[{EXTRAS[missing]}]'", 2)
+    except processes.ProcessLost as error:
+        _fail(prog, str(error), 1)
     except KeyboardInterrupt:
         _fail(prog, "interrupted", 130)
 
@@ -236,6 +248,9 @@ def _underscored(word: str) -> str:
 
 
 def _fail(prog: str, message: str, code: int) -> NoReturn:
+    if not processes.is_main():
+        time.sleep(SECONDS_TO_SPEAK)
+        prog = f"{prog}, process {processes.rank()}"
     print(f"{prog}: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 

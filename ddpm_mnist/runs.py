@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 from ddpm_mnist.files import one_line, parse_json, read_limited, read_state
 from ddpm_mnist.tracking import Tracker
 
@@ -22,9 +22,13 @@ from ddpm_mnist.tracking import Tracker
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one.
 
+    Of several processes the main one writes, here and in `RunState`.
+
     Raises:
         InputError: the disk is full or read-only, or the like; what was there is there still.
     """
+    if not processes.is_main():
+        return
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +58,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def prepare_output(path: Path) -> None:
     """Make the folder of an output before long work starts; InputError if it cannot hold the file."""
+    processes.from_main(lambda: _prepare_output(path))
+
+
+def _prepare_output(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,17 +81,21 @@ def lock_folder(folder: Path) -> None:
     """Keep other processes out of `folder`, which exists, until this one ends, however it does.
 
     The lock is the system's, on the file `.lock`, which stays. Windows and file systems without locks have none.
-    Of several processes that one job was launched as, the first holds it.
+    Of several processes that one job was launched as, the main one holds it.
 
     Raises:
         InputError: another process writes into the folder.
     """
+    processes.from_main(lambda: _lock_folder(folder))
+
+
+def _lock_folder(folder: Path) -> None:
     if sys.platform == "win32":
         return
     import fcntl
 
     path = folder.resolve() / ".lock"
-    if path in _locks or os.environ.get("RANK", "0") != "0":
+    if path in _locks:
         return
     file = path.open("ab+", buffering=0)
     try:
@@ -106,7 +118,8 @@ class RunState:
     run continues under settings that its earlier part did not have.
 
     Attributes:
-        state: what was saved last, or None for a new run. The log is cut back to that moment.
+        state: what was saved last, or None for a new run. The log is cut back to that moment. Of several processes
+            the main one alone reads the folder and writes into it.
         tracker: where the rows of the log are shown besides.
 
     Raises:
@@ -118,23 +131,25 @@ class RunState:
         self.path = folder / "state" / "latest.pt"
         self.log_path = folder / "log.jsonl"
         self.fingerprint = fingerprint
-        self.state: dict[str, Any] | None = None
+        self.state: dict[str, Any] | None = processes.from_main(lambda: self._open(folder))
+        self.tracker = Tracker(tracker if processes.is_main() else "none", folder)
+
+    def _open(self, folder: Path) -> dict[str, Any] | None:
         prepare_output(self.log_path)
         lock_folder(folder)
         if self.path.exists():
-            self._resume(folder)
-        elif (folder / "config.json").exists() or (folder / "unet").exists():
+            return self._resume(folder)
+        if (folder / "config.json").exists() or (folder / "unet").exists():
             raise InputError(f"{folder} holds a model but no state to go on from: choose another output folder")
-        else:
-            write_text(self.log_path, "")
-        self.tracker = Tracker(tracker, folder)
+        write_text(self.log_path, "")
+        return None
 
-    def _resume(self, folder: Path) -> None:
+    def _resume(self, folder: Path) -> dict[str, Any]:
         with self.restoring():
             saved = read_state(self.path)
             ours, theirs = flat(self.fingerprint), flat(saved["fingerprint"])
             differing = [key for key in sorted(ours.keys() | theirs.keys()) if theirs.get(key) != ours.get(key)]
-            log_bytes, self.state = saved["log_bytes"], saved["state"]
+            log_bytes, state = saved["log_bytes"], saved["state"]
         if differing:
             key = differing[0]
             raise InputError(
@@ -147,6 +162,7 @@ class RunState:
             if type(log_bytes) is not int or not 0 <= log_bytes <= self.log_path.stat().st_size:
                 raise ValueError(f"{self.log_path.name} has not the {log_bytes} bytes that it had")
             log.truncate(log_bytes)
+        return state
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
@@ -173,6 +189,8 @@ class RunState:
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep `state` (tensors, numbers, and containers of them), in one step."""
+        if not processes.is_main():
+            return
         try:
             log_bytes = self.log_path.stat().st_size
         except OSError as error:  # the folder was taken away
@@ -183,6 +201,8 @@ class RunState:
 
     def log(self, **row: Any) -> None:
         """Append a line to the log, and show it in the tracker."""
+        if not processes.is_main():
+            return
         try:
             with self.log_path.open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -219,13 +239,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], n
     optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
 
 
-def update_generator(seed: int, update: int, rank: int = 0) -> torch.Generator:
-    """The generator of everything that one update of one process draws, so that a resumed run repeats it.
+def update_generator(seed: int, update: int) -> torch.Generator:
+    """The generator of everything that one update draws, in all processes together, so that a resumed run repeats it.
 
-    torch's generator on the CPU uses 32 bits of its seed and drops the rest without a word. Seeds and ranks are
-    spread over those bits by odd constants; the updates of each count up from there.
+    torch's generator on the CPU uses 32 bits of its seed and drops the rest without a word. Seeds are spread over
+    those bits by an odd constant; the updates of each count up from there.
     """
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + rank * 0x85EBCA77 + update) % (1 << 32))
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + update) % (1 << 32))
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -252,7 +272,7 @@ LINES_APART = 5
 
 
 @contextmanager
-def progress(label: str, total: int, completed: int = 0, visible: bool = True) -> Iterator[Callable[..., None]]:
+def progress(label: str, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
     """Show how far a job is, with the time left; yields `advance(completed, status="")`.
 
     In a terminal a bar; elsewhere (a file, a container's log, a notebook) a line at the start, one for every tenth, and
@@ -260,11 +280,11 @@ def progress(label: str, total: int, completed: int = 0, visible: bool = True) -
     """
     if Console().is_terminal:
         columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
-        with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), disable=not visible) as bar:
+        with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True)) as bar:
             task = bar.add_task("", total=total, completed=completed, status="")
             yield lambda completed, status="": bar.update(task, completed=completed, status=status)
         return
-    show = print if visible and completed < total else lambda *_, **__: None
+    show = print if completed < total else lambda *_, **__: None
     start = last_time = time.monotonic()
     first = last = completed
     said = ""

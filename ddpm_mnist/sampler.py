@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm_mnist import InputError
 from ddpm_mnist.exact import Array, log
 from ddpm_mnist.noise import draw_noise, image_generators
+from ddpm_mnist.processes import share_out
 from ddpm_mnist.schedule import Schedule, house_schedule
 from ddpm_mnist.scheduler import check_eps_scale
 
@@ -323,28 +324,16 @@ def sample(
     """Images uint8 (num_images, H, W), or (num_images, H, W, C) of more channels than one, on the CPU.
 
     Image i starts from the noise of seed + i. `progress` is called after each batch with the number that are done.
+    Several processes share out the batches; each gets all images.
     """
-    done, images = 0, []
-    for batch in sample_batches(denoiser, solver, num_images, seed, batch_size, device):
-        images.append(batch)
-        done += len(batch)
-        progress(done)
-    return torch.cat(images)
 
-
-def sample_batches(
-    denoiser: Denoiser,
-    solver: Solver,
-    num_images: int,
-    seed: int = 0,
-    batch_size: int = 64,
-    device: str | torch.device = "cpu",
-) -> Iterator[Tensor]:
-    """The images of `sample`, at most `batch_size` at a time."""
-    for seeds in batches(seed, num_images, batch_size):
+    def draw(seeds: range) -> Tensor:
         for step in denoise(denoiser, solver, seeds, device):
             x = step.x_next
-        yield to_uint8(x)
+        return to_uint8(x)
+
+    parts = list(batches(seed, num_images, batch_size))
+    return torch.cat(share_out(draw, parts, lambda done: progress(min(done * batch_size, num_images))))
 
 
 def to_float(images: Tensor) -> Tensor:

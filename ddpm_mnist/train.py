@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.muon import Muon
@@ -42,7 +42,8 @@ class TeacherConfig:
     total_updates: int = 20_000
     """Optimiser updates until the learning rate is zero, at least 1."""
     batch_size: int = 64
-    """Images per update and process, at least 1."""
+    """Images per update and process, at least 1: p processes learn as one with p times as many, which is what
+    config.yaml then says."""
     learning_rate: float = 2e-3
     """Learning rate between warm-up and decay, above 0, of Muon for the inner weights and of Adam for all else."""
     warmup_updates: int = 500
@@ -104,16 +105,17 @@ def learning_rate(config: TeacherConfig, update: int) -> float:
     return config.learning_rate * min(rise, fall, 1.0)
 
 
-def draw_batch(images: Tensor, batch_size: int, seed: int, update: int, rank: int) -> tuple[Tensor, ...]:
-    """What one update of one process draws, a function of its arguments alone.
+def draw_batch(images: Tensor, batch_size: int, seed: int, update: int) -> tuple[Tensor, ...]:
+    """What one update draws, a function of its arguments alone.
 
     Args:
         images: uint8 (M, H, W) or (M, H, W, C).
+        batch_size: N, of all processes together.
 
     Returns:
         x0 float (N, C, H, W) in [-1, 1]; eps the same shape; t long (N,), spread over 0…999.
     """
-    generator = update_generator(seed, update, rank)
+    generator = update_generator(seed, update)
     index = torch.randint(len(images), (batch_size,), generator=generator)
     x0 = to_float(images[index])
     eps = torch.randn(x0.shape, generator=generator)
@@ -150,6 +152,9 @@ def restore_ema(ema: EMAModel, saved: dict[str, Any]) -> None:
 def train_teacher(config: TeacherConfig) -> Path:
     """Train the teacher of `config` on its images, or go on where its folder left off.
 
+    Several processes take equal parts of each batch and average their gradients. That is plainer than PyTorch's
+    DistributedDataParallel, which sends while it still computes, and loses little here: docs/scale.md counts it.
+
     Writes config.yaml, log.jsonl, samples/*.png, state/, and at the end a folder of diffusers'
     `DDPMPipeline`: model_index.json, unet/ and scheduler/.
 
@@ -157,11 +162,12 @@ def train_teacher(config: TeacherConfig) -> Path:
         InputError: the images cannot be had, are too few, or do not fit the network; or the folder belongs to another
             configuration or to other images.
     """
+    config = dataclasses.replace(config, batch_size=config.batch_size * processes.count())
     fingerprint = dataclasses.asdict(config)
     for free in ("output", "eps_scale", "log_every", "save_every", "grid_every", "tracker"):
         del fingerprint[free]
     run = RunState(config.output, {**fingerprint, "optimizer": "muon"}, config.tracker)
-    images = load_images(config.data, "train", config.image_size)
+    images = processes.from_main(lambda: load_images(config.data, "train", config.image_size))
     if len(images) < config.batch_size:
         raise InputError(
             f"{config.data} has {len(images)} images, fewer than a batch of {config.batch_size}: "
@@ -169,9 +175,11 @@ def train_teacher(config: TeacherConfig) -> Path:
         )
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    device = accelerator.device
     torch.manual_seed(config.seed)
     channels = images.shape[3] if images.dim() == 4 else 1
-    unet = make_unet(config.unet, channels, (images.shape[1], images.shape[2]))
+    unet = make_unet(config.unet, channels, (images.shape[1], images.shape[2])).to(device)
+    processes.copy_from_main(unet)
     optimizers = make_optimizers(unet)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
@@ -190,24 +198,23 @@ def train_teacher(config: TeacherConfig) -> Path:
                 restore_optimizer(optimizer, saved, names)
             restore_ema(ema, state["ema"])
 
-    if accelerator.is_main_process:
-        save_config(config, config.output / "config.yaml")
-    unet, *optimizers = accelerator.prepare(unet, *optimizers)
-    ema.to(accelerator.device)
+    save_config(config, config.output / "config.yaml")
+    ema.to(device)
     schedule = make_noise_schedule()
-    weight = loss_weight(schedule.alphas_cumprod, config.snr_gamma).to(accelerator.device)
+    weight = loss_weight(schedule.alphas_cumprod, config.snr_gamma).to(device)
     start = time.monotonic()
     losses: list[Tensor] = []
-    with progress("teacher", num_updates, first, accelerator.is_main_process) as advance:
+    with progress("teacher", num_updates, first) as advance:
         for update in range(first, num_updates):
-            batch = draw_batch(images, config.batch_size, config.seed, update, accelerator.process_index)
-            x0, eps, t = (tensor.to(accelerator.device) for tensor in batch)
+            batch = draw_batch(images, config.batch_size, config.seed, update)
+            x0, eps, t = (processes.own_part(tensor).to(device) for tensor in batch)
             with accelerator.autocast():
                 prediction = unet(schedule.add_noise(x0, eps, t), t).sample
             loss = (weight[t] * (prediction.float() - eps).square().mean((1, 2, 3))).mean()
             unet.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+            loss.backward()
+            processes.average_gradients(unet.parameters())
+            nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, update)
@@ -219,26 +226,23 @@ def train_teacher(config: TeacherConfig) -> Path:
             seconds = seconds_before + time.monotonic() - start
             last = done == num_updates
             if done % config.log_every == 0 or last:
-                mean = torch.stack(losses).mean().item()
+                mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
-            if accelerator.is_main_process and (done % config.log_every == 0 or last):
                 run.log(update=done, loss=mean, learning_rate=learning_rate(config, update), seconds=seconds)
                 advance(done, f"loss {mean:.4f}")
-            if accelerator.is_main_process and (done % config.grid_every == 0 or last):
+            if done % config.grid_every == 0 or last:
                 ema.store(unet.parameters())
                 ema.copy_to(unet.parameters())
-                whole, solver = accelerator.unwrap_model(unet), Solver(SamplerConfig(eps_scale=config.eps_scale))
-                pictures = sample(whole, solver, num_images=64, device=accelerator.device)
+                pictures = sample(unet, Solver(SamplerConfig(eps_scale=config.eps_scale)), num_images=64, device=device)
                 png = io.BytesIO()
                 save_image((to_float(pictures) + 1) / 2, png, format="png")
                 write_bytes(config.output / "samples" / f"{done:06d}.png", png.getvalue())
                 run.tracker.picture("samples", png.getvalue(), done)
                 ema.restore(unet.parameters())
-            if accelerator.is_main_process and (done % config.save_every == 0 or last):
-                whole = accelerator.unwrap_model(unet)
+            if done % config.save_every == 0 or last:
                 run.save(
                     {
-                        "unet": whole.state_dict(),
+                        "unet": unet.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                         "ema": ema.state_dict(),
                         "images": digest,
@@ -246,9 +250,8 @@ def train_teacher(config: TeacherConfig) -> Path:
                         "seconds": seconds,
                     }
                 )
-    if accelerator.is_main_process:
-        whole = accelerator.unwrap_model(unet)
-        ema.copy_to(whole.parameters())
-        save_teacher(whole, config.output, config.eps_scale)
-        run.tracker.finish()
+    ema.copy_to(unet.parameters())
+    if processes.is_main():
+        save_teacher(unet, config.output, config.eps_scale)
+    run.tracker.finish()
     return config.output

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.processes import by_main
 from ddpm_mnist.runs import prepare_output, progress, write_json, write_text
 from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
 from eval.memory import peak_memory
@@ -84,6 +85,7 @@ class Row:
     """Growth of the process's resident memory at its peak during a step; None where the system does not tell."""
 
 
+@by_main
 def benchmark(config: BenchConfig) -> list[Row]:
     """Time one denoising step of every runtime in turn, in one process, and write the figures.
 

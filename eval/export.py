@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.processes import by_main
 from ddpm_mnist.runs import lock_folder, prepare_output, write_json
 from eval.models import load_model
 from quant import QuantizedUNet
@@ -26,6 +27,7 @@ class ExportConfig:
             raise ValueError(f'format must be "onnx" or "packed", not "{self.format}"')
 
 
+@by_main
 def export(config: ExportConfig) -> Path:
     """Export a model; returns the file that holds its weights.
 

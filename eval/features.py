@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 from ddpm_mnist.data import load_images
 from ddpm_mnist.files import one_line, read_json
 
@@ -119,8 +118,11 @@ class InceptionNetwork(nn.Module):
 
 @torch.no_grad()
 def extract(network: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """Features float32 (N, D) and logits float32 (N, number of classes) of images uint8 (N, H, W) or (N, H, W, 3)."""
-    pairs = [network(batch) for batch in images.split(batch_size)]
+    """Features float32 (N, D) and logits float32 (N, number of classes) of images uint8 (N, H, W) or (N, H, W, 3).
+
+    Several processes share out the batches; each gets all features.
+    """
+    pairs = processes.share_out(network, images.split(batch_size))
     features, logits = zip(*pairs, strict=True)
     return torch.cat(features), torch.cat(logits)
 
@@ -229,7 +231,7 @@ def load_ruler(features: Path | str | None = None, reference: str | None = None)
             reference images are not to be had.
     """
     if str(features) == "inception":
-        inception = InceptionNetwork().to(PartialState().device)
+        inception = InceptionNetwork().to(processes.state().device)
         ruler = Ruler(inception, None, "inception", reference, None, batch_size=50)
         if reference is None:
             return ruler

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.processes import from_main, share_out
 from ddpm_mnist.runs import prepare_output, write_json
 from eval.features import Ruler, load_ruler
 from eval.metrics import Score, measure
@@ -94,16 +95,18 @@ def print_fid(config: FidConfig) -> Score:
         each.solver(config)  # refuses what does not fit
     if config.classifier and ruler.shape is not None and model.shape != (1, *ruler.shape):
         raise InputError(f"classifier needs a ruler of images of {model.shape}: --features names another")
-    sets = load_sets(ruler, config.num_images) if config.classifier else {}
+    sets = from_main(lambda: load_sets(ruler, config.num_images)) if config.classifier else {}
     prepare_output(config.output)
     images, seconds = draw(model, config)
     teacher_images = images if config.model == config.teacher else draw(teacher, config)[0]
     score = score_images(model, images, seconds, teacher_images, config, ruler)
     if sets:
         _, logits = ruler.extract(images)
-        seen, classes, (real, labels) = logits.argmax(1), logits.shape[1], (x[: len(images)] for x in sets["train"])
-        score.classifier_accuracy = classifier_accuracy(images, seen, classes, sets["test"])
-        score.classifier_accuracy_of_real = classifier_accuracy(real, labels, classes, sets["test"])
+        real, labels = sets["train"]
+        lessons = [(images, logits.argmax(1)), (real[: len(images)], labels[: len(images)])]
+        score.classifier_accuracy, score.classifier_accuracy_of_real = share_out(
+            lambda lesson: classifier_accuracy(*lesson, logits.shape[1], sets["test"]), lessons
+        )
     write_json(config.output, dataclasses.asdict(score))
     print_scores([score], ruler.floor)
     return score

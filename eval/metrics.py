@@ -14,6 +14,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddpm_mnist import InputError
+from ddpm_mnist.processes import share_out
 from eval.features import Ruler, load_ruler
 
 # torchmetrics warns that these metrics keep every feature: some ten thousand times 128 numbers.
@@ -398,7 +399,8 @@ def measure(images: Tensor, teacher_images: Tensor, ruler: Ruler | None = None) 
     """All that images say: the fields of `Score` from `fid` to `fid_to_teacher_interval`, and the digests.
 
     A ruler for images of another shape measures nothing: then `mse_to_teacher` is all there is. One without reference
-    images gives what needs none, and precision and recall need four images.
+    images gives what needs none, and precision and recall need four images. Several processes share out the batches
+    for the features, then the scores.
 
     Args:
         images: uint8 (N, H, W) or (N, H, W, C), N ≥ 2.
@@ -418,9 +420,10 @@ def measure(images: Tensor, teacher_images: Tensor, ruler: Ruler | None = None) 
     if ruler.fits(images):
         features, logits = ruler.extract(images)
         teacher_features, teacher_logits = ruler.extract(teacher_images)
-        estimates |= _of_features(images, features, logits, ruler)
-        estimates["same_digit"] = mean(logits.argmax(1) == teacher_logits.argmax(1))
-        estimates["fid_to_teacher"] = fid_between(features, teacher_features)
+        parts = _of_features(images, features, logits, ruler)
+        parts.append(lambda: {"same_digit": mean(logits.argmax(1) == teacher_logits.argmax(1))})
+        parts.append(lambda: {"fid_to_teacher": fid_between(features, teacher_features)})
+        estimates |= _together(parts)
         digests = {"features": ruler.digest, "features_second": ruler.second.digest if ruler.second else "none"}
     scores: dict[str, Any] = {}
     for name in (*OF_IMAGES, *TO_TEACHER):
@@ -432,17 +435,31 @@ def measure(images: Tensor, teacher_images: Tensor, ruler: Ruler | None = None) 
 def measure_alone(images: Tensor, ruler: Ruler) -> dict[str, float]:
     """What images uint8 (N, H, W) or (N, H, W, C) that the ruler fits score by themselves: some of `OF_IMAGES`."""
     features, logits = ruler.extract(images)
-    return {name: estimate.value for name, estimate in _of_features(images, features, logits, ruler).items()}
+    return {name: x.value for name, x in _together(_of_features(images, features, logits, ruler)).items()}
 
 
-def _of_features(images: Tensor, features: Tensor, logits: Tensor, ruler: Ruler) -> dict[str, Estimate]:
-    estimates = {"inception_score": inception_score(logits)}
-    if ruler.reference is not None:
-        others = ruler.reference["kid_features"]
-        estimates["fid"] = fid_to_reference(features, ruler.reference)
-        estimates["kid"] = kid(features, others)
+# Some of the scores, by their names.
+Part = Callable[[], dict[str, Estimate]]
+
+
+def _together(parts: Sequence[Part]) -> dict[str, Estimate]:
+    return {name: x for part in share_out(lambda part: part(), parts) for name, x in part.items()}
+
+
+def _of_features(images: Tensor, features: Tensor, logits: Tensor, ruler: Ruler) -> list[Part]:
+    """What images score by themselves, the longest work first."""
+    parts: list[Part] = []
+    if (reference := ruler.reference) is not None:
+        others = reference["kid_features"]
         if min(len(features), len(others)) > NEIGHBOURS:
-            estimates["precision"], estimates["recall"] = precision_recall(features, others, _reference_radii(ruler))
-    if ruler.second is not None and ruler.second.reference is not None:
-        estimates["fid_second"] = fid_to_reference(ruler.second.extract(images)[0], ruler.second.reference)
-    return estimates
+            names = "precision", "recall"
+            parts.append(
+                lambda: dict(zip(names, precision_recall(features, others, _reference_radii(ruler)), strict=True))
+            )
+        parts.append(lambda: {"kid": kid(features, others)})
+        parts.append(lambda: {"fid": fid_to_reference(features, reference)})
+    if ruler.second is not None and (second := ruler.second.reference) is not None:
+        second_features, _ = ruler.second.extract(images)
+        parts.append(lambda: {"fid_second": fid_to_reference(second_features, second)})
+    parts.append(lambda: {"inception_score": inception_score(logits)})
+    return parts

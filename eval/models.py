@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import UNet2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from huggingface_hub import snapshot_download
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 from ddpm_mnist.files import one_line, read_json
 from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
 from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
@@ -89,8 +88,8 @@ class Model:
 
 
 def device() -> torch.device:
-    """The accelerator, if there is one."""
-    return PartialState().device
+    """The accelerator, if there is one: each process has its own."""
+    return processes.state().device
 
 
 def check_runtime(runtime: str) -> None:

@@ -5,9 +5,9 @@ import hashlib
 import io
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_mnist.noise import STREAM
+from ddpm_mnist.processes import count, from_main
 from ddpm_mnist.runs import prepare_output, progress, write_bytes
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample, sample_batches
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, check_runtime, load_model
 from quant import IntegerUNet
 
@@ -107,41 +108,53 @@ def write_samples(config: SampleConfig) -> Path:
 
 
 def write_array(model: Model, config: DrawConfig, path: Path) -> None:
-    """Draw the images of `draw` into the .npy file `path`, a batch at a time.
+    """Draw the images of `draw` into the .npy file `path`, a batch of each process at a time.
 
     They go into a file beside it, `.<name>.<digest>.partial`, which takes its name at the end. The digest is of all
     that decides the images, so that what lies there is gone on with.
     """
     _tell_core(model)
-    one = stored_shape(model)
-    header = io.BytesIO()
-    described = {"descr": "|u1", "fortran_order": False, "shape": (config.num_images, *one)}
-    np.lib.format.write_array_header_1_0(header, described)
-    begin = header.getvalue()
     # The size of a batch is in the last bits of floats.
     decides = json.dumps({**origin_of(model, config), "batch_size": config.batch_size}, sort_keys=True)
     digest = hashlib.sha256(decides.encode()).hexdigest()[:12]
     beside = path.with_name(f".{path.name}.{digest}.partial")
+    solver, device = model.solver(config), model.denoiser.device
+    done = from_main(lambda: _begin_array(beside, config, stored_shape(model)))
+    with progress(f"sampling {model.name}", config.num_images, done) as advance:
+        while done < config.num_images:
+            some = min(config.batch_size * count(), config.num_images - done)
+            images = sample(model.denoiser, solver, some, config.seed + done, config.batch_size, device)
+            from_main(partial(_append, beside, images.numpy().tobytes()))
+            done += some
+            advance(done)
+    from_main(lambda: _end_array(beside, path))
+
+
+def _begin_array(beside: Path, config: DrawConfig, one: tuple[int, ...]) -> int:
+    """Cut the file back to whole batches, or begin it; the number of images that it has."""
+    header = io.BytesIO()
+    described = {"descr": "|u1", "fortran_order": False, "shape": (config.num_images, *one)}
+    np.lib.format.write_array_header_1_0(header, described)
+    begin, size = header.getvalue(), math.prod(one)
     beside.touch()
     with beside.open("r+b") as file:
-        whole_batches = (beside.stat().st_size - len(begin)) // (math.prod(one) * config.batch_size)
-        done = whole_batches * config.batch_size if file.read(len(begin)) == begin else 0
-        done = done if done <= config.num_images else 0
+        done = (beside.stat().st_size - len(begin)) // (size * config.batch_size) * config.batch_size
+        if file.read(len(begin)) != begin or done > config.num_images:
+            done = 0
         file.seek(0)
         file.write(begin)
-        file.seek(done * math.prod(one), os.SEEK_CUR)
-        if done:
-            print(f"Going on from image {done} of {config.num_images}.")
-        rest, device = config.num_images - done, model.denoiser.device
-        with progress(f"sampling {model.name}", config.num_images, done) as advance:
-            for images in sample_batches(
-                model.denoiser, model.solver(config), rest, config.seed + done, config.batch_size, device
-            ):
-                file.write(images.numpy().tobytes())
-                file.flush()
-                done += len(images)
-                advance(done)
-        file.truncate()
+        file.truncate(len(begin) + done * size)
+    if done:
+        print(f"Going on from image {done} of {config.num_images}.")
+    return done
+
+
+def _append(beside: Path, content: bytes) -> None:
+    with beside.open("ab") as file:
+        file.write(content)
+
+
+def _end_array(beside: Path, path: Path) -> None:
     beside.replace(path)
     for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # begun with other settings
         other.unlink(missing_ok=True)

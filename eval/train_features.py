@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import LABELLED, load_labelled
+from ddpm_mnist.processes import by_main
 from ddpm_mnist.runs import lock_folder, prepare_output, progress, write_bytes, write_json
 from eval.features import (
     SECOND_FOLDER,
@@ -101,6 +102,7 @@ def fit(
     return network.eval()
 
 
+@by_main
 def train_features(config: FeaturesConfig) -> Path:
     """Train both networks on the training images of `data`; the test images only measure, once, at the end.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_mnist import processes
 from ddpm_mnist.runs import RunState, progress, restore_optimizer, update_generator
 from ddpm_mnist.sampler import Solver, to_float
 from finetune.trajectories import Trajectories
@@ -30,7 +31,8 @@ class DistillConfig:
     num_updates: int = 400
     """Optimiser updates, at least 0, which leaves the calibrated student as it is."""
     batch_size: int = 40
-    """Trajectories ("rollout") or states ("per-step") per update, at least 1."""
+    """Trajectories ("rollout") or states ("per-step") per update and process, at least 1: p processes learn as one with
+    p times as many."""
     rollout_steps: int = 2
     """K, the student's steps per rollout, from 1 to the sampler's number of steps."""
     lr_adapters: float = 3e-2
@@ -76,7 +78,10 @@ class DistillConfig:
 
 
 def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: int) -> tuple[Tensor, Tensor]:
-    """The trajectories and the steps, each long (batch_size,), that the update of that number looks at."""
+    """The trajectories and the steps, each long (batch_size,), that the update of that number looks at.
+
+    Here and below the config's batch_size is that of all processes together.
+    """
     count, num_steps = buffer.answers.shape[:2]
     in_order = config.objective == "per-step-in-order"  # one pass of T updates follows the same trajectories
     generator = update_generator(seed, update // num_steps if in_order else update)
@@ -136,6 +141,7 @@ def denoising_loss(
     step = torch.randint(len(solver.timesteps), (config.batch_size,), generator=generator)
     x0 = to_float(images[who])
     eps = torch.randn(x0.shape, generator=generator)
+    step, x0, eps = map(processes.own_part, (step, x0, eps))
     x, target = solver.add_noise(step, x0, eps), solver.target(step, x0, eps)
     device = next(student.parameters()).device
     answer = solver.ask(student, step.to(device), x.to(device), None)
@@ -145,8 +151,8 @@ def denoising_loss(
 def distillation_loss(
     student: QuantizedUNet, solver: Solver, buffer: Trajectories, config: DistillConfig, seed: int, update: int
 ) -> Tensor:
-    """The loss of the update of that number, for the objectives that need no data."""
-    who, step = draw_batch(config, buffer, seed, update)
+    """The loss of the update of that number, for the objectives that need no data, over this process's part of it."""
+    who, step = map(processes.own_part, draw_batch(config, buffer, seed, update))
     if config.objective == "rollout":
         return rollout_loss(student, solver, buffer, who, step, config.rollout_steps)
     return per_step_loss(student, solver, buffer, who, step)
@@ -229,7 +235,8 @@ def fit(
 ) -> None:
     """Minimise `loss_of` over the parameters of `groups`, or go on from the state in `run`.
 
-    What an update draws must be a function of its number, so that a resumed run equals an uninterrupted one.
+    What an update draws must be a function of its number, so that a resumed run equals an uninterrupted one. Several
+    processes begin with the same student; `loss_of` is over a process's own part of the batch.
     """
     optimizer = torch.optim.Adam(groups, lr=0.0, fused=True)
     learned = [parameter for group in groups for parameter in group["params"]]
@@ -252,6 +259,7 @@ def fit(
             loss = loss_of(update)
             optimizer.zero_grad()
             loss.backward()
+            processes.average_gradients(learned)
             nn.utils.clip_grad_norm_(learned, config.max_grad_norm)
             factor = decay(config, update)
             for group in optimizer.param_groups:
@@ -264,7 +272,7 @@ def fit(
             seconds = seconds_before + time.monotonic() - start
             last = done == config.num_updates
             if done % config.log_every == 0 or last:
-                mean = torch.stack(losses).mean().item()
+                mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
                 run.log(update=done, loss=mean, learning_rate_factor=factor, seconds=seconds)
                 run.tracker.log({"update": done, **mean_step_sizes(student)})

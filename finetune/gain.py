@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ddpm_mnist import InputError
+from ddpm_mnist.processes import share_out
 from ddpm_mnist.runs import progress
 from ddpm_mnist.sampler import Solver, choose_labels, sample, to_float
 from eval.models import runnable
@@ -98,9 +99,11 @@ def scaled(student: QuantizedUNet, factor: float) -> QuantizedUNet:
 @torch.no_grad()
 def noise_left(teacher: UNet2DModel, images: Tensor, t: int, labels: Tensor | None = None) -> float:
     """Mean square of the ε that the teacher sees at the timestep t in `images`, uint8 (N, H, W) or (N, H, W, C)."""
-    total, device = 0.0, teacher.device
-    for start in range(0, len(images), 64):
+    device = teacher.device
+
+    def squares(start: int) -> float:
         part = slice(start, start + 64)
         given = () if labels is None else (labels[part].to(device),)
-        total += teacher(to_float(images[part]).to(device), t, *given).sample.square().sum().item()
-    return total / images.numel()
+        return teacher(to_float(images[part]).to(device), t, *given).sample.square().sum().item()
+
+    return sum(share_out(squares, range(0, len(images), 64))) / images.numel()

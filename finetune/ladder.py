@@ -4,13 +4,14 @@ import dataclasses
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 from ddpm_mnist.files import one_line, read_json, read_state
 from ddpm_mnist.runs import RunState, lock_folder, prepare_output, write_bytes, write_json, write_text
 from ddpm_mnist.sampler import to_uint8
@@ -156,7 +157,7 @@ class LadderConfig:
                 raise ValueError(f"teacher_steps must be at least 1, not {num_steps}")
             _drawing(self.base, num_steps)
         for name in self.students:
-            for number in range(self.seeds if RUNGS[name].repeated else 1):
+            for number in self.distillations(name):
                 rung_config(self.base, name, self.output, number)
 
     def _named(self) -> list[str]:
@@ -167,12 +168,19 @@ class LadderConfig:
         """The rungs by their names in `RUNGS`, without the teacher."""
         return [name for name in self._named() if name != "teacher"]
 
+    def distillations(self, name: str) -> range:
+        """The numbers of the rung's distillations."""
+        return range(self.seeds if RUNGS[name].repeated else 1)
+
 
 def climb(config: LadderConfig) -> Path:
     """Run the rungs, each into a folder of its own, and write one table and the pictures of all.
 
     All rungs of one ladder get as many network evaluations an update. Images are compared with those of the teacher
     in the base's number of steps, whatever number they took themselves. Returns the table.
+
+    Several processes draw the reference together, then each makes and scores whole students, alone: the same as those
+    of one process. All must see the folder.
 
     Raises:
         InputError: no such teacher, or a rung's folder belongs to another configuration.
@@ -187,34 +195,54 @@ def climb(config: LadderConfig) -> Path:
     prepare_output(config.output / "ladder.json")
     lock_folder(config.output)
     reference, _ = _images(config.output / "teacher", teacher, _drawing(base, 0))
-    scores = []
-    for num_steps in (0, *config.teacher_steps):
+
+    def score_teacher(num_steps: int) -> dict[str, Any]:
         name = f"teacher-{num_steps}-steps" if num_steps else "teacher"
-        folder = config.output / name
-        scores.append(
-            _score(folder, dataclasses.replace(teacher, name=name), _drawing(base, num_steps), reference, ruler)
-        )
-    if not config.students:
-        _write_tables(config, scores)
-    for name in config.students:
+        model = dataclasses.replace(teacher, name=name)
+        return _score(config.output / name, model, _drawing(base, num_steps), reference, ruler)
+
+    def score_student(name: str, number: int) -> dict[str, Any]:
         rung = RUNGS[name]
-        for number in range(config.seeds if rung.repeated else 1):
-            folder = config.output / name / str(base.seed + number)
-            run = rung_config(base, rung.of or name, config.output / (rung.of or name) / folder.name, number)
-            if (run.output / "state").exists():
-                RunState(run.output, fingerprint(run, teacher))  # refuses a rung of other settings
-            if not (run.output / "config.json").exists():
-                distill_student(run).run.tracker.finish()
-            student = load_model(str(run.output), run.runtime)
-            score = _score(
-                folder, dataclasses.replace(student, name=name), _drawing(base, rung.num_steps), reference, ruler
-            )
-            scores.append({**score, "distillation_seed": run.seed})
-        _write_tables(config, scores)
-    _write_pictures(config, teacher, scores)
-    table = config.output / "ladder.md"
-    print(table.read_text("utf-8"))
-    return table
+        folder = config.output / name / str(base.seed + number)
+        run = rung_config(base, rung.of or name, config.output / (rung.of or name) / folder.name, number)
+        if (run.output / "state").exists():
+            RunState(run.output, fingerprint(run, teacher))  # refuses a rung of other settings
+        if not (run.output / "config.json").exists():
+            distill_student(run).run.tracker.finish()
+        student = dataclasses.replace(load_model(str(run.output), run.runtime), name=name)
+        score = _score(folder, student, _drawing(base, rung.num_steps), reference, ruler)
+        return {**score, "distillation_seed": run.seed}
+
+    def collect() -> Path:
+        scores = [score_teacher(num_steps) for num_steps in (0, *config.teacher_steps)]
+        if not config.students:
+            _write_tables(config, scores)
+        for name in config.students:
+            scores += [score_student(name, number) for number in config.distillations(name)]
+            _write_tables(config, scores)
+        _write_pictures(config, teacher, scores)
+        table = config.output / "ladder.md"
+        print(table.read_text("utf-8"))
+        return table
+
+    if processes.count() > 1:  # then what is collected is made already
+        jobs = [[partial(score_teacher, num_steps)] for num_steps in (0, *config.teacher_steps)]
+        jobs += [[partial(score_student, name, number) for name in names] for names, number in _students(config)]
+        processes.share_out(lambda scores: [score() for score in scores], jobs)
+    return processes.from_main(collect)
+
+
+def _students(config: LadderConfig) -> list[tuple[list[str], int]]:
+    """Every distillation of the ladder: the rungs that are scored of it, and its number. The longest come first."""
+    students: dict[tuple[str, int], list[str]] = {}
+    for name in config.students:
+        for number in config.distillations(name):
+            students.setdefault((RUNGS[name].of or name, number), []).append(name)
+
+    def work(student: tuple[str, int]) -> int:
+        return rung_config(config.base, student[0], config.output).distill.num_updates
+
+    return [(students[student], student[1]) for student in sorted(students, key=work, reverse=True)]
 
 
 def _refuse_unmeasured(teacher: Model, ruler: Ruler) -> None:
@@ -255,13 +283,13 @@ def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
     """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
     path, origin = folder / IMAGES, origin_of(model, drawing)
-    if not path.exists():
+    if not processes.from_main(path.exists):
         images, seconds = draw(model, drawing)
         content = io.BytesIO()
         torch.save({"images": images, "seconds": seconds, **origin}, content)
         write_bytes(path, content.getvalue())
     try:
-        saved = read_state(path)
+        saved = processes.from_main(lambda: read_state(path))
         then = {name: saved.get(name) for name in origin}
         images, seconds = saved["images"], saved["seconds"]
         if images.dtype != torch.uint8 or images.shape != (drawing.num_images, *stored_shape(model)):

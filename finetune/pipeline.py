@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_mnist import InputError
+from ddpm_mnist import InputError, processes
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.noise import STREAM
@@ -122,6 +122,8 @@ class RunConfig:
 class Made:
     """What a distillation leaves behind."""
 
+    config: RunConfig
+    """With the batch of all processes together."""
     teacher: Model
     ptq: QuantizedUNet
     """The student before distillation, frozen."""
@@ -147,7 +149,8 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     """Make a student: sample the teacher's trajectories from noise, calibrate, distil.
 
     Needs no data, but for the objective "denoising". `announce` is called with the config, the teacher and the number
-    of updates that are done already, once all is well.
+    of updates that are done already, once all is well. Several processes share out all but the calibration; the
+    config.yaml that they leave makes the same student in one.
 
     Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder,
     and gain.json where there is a gain.
@@ -156,6 +159,8 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
         InputError: no such teacher, or one that sees no noise; the student cannot run as `runtime` says; or the folder
             belongs to another configuration.
     """
+    batch_size = config.distill.batch_size * processes.count()
+    config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, batch_size=batch_size))
     teacher = load_teacher(config.teacher)
     solver, teacher_solver = teacher.solver(config.sampler), teacher.solver(config.teacher_sampler)
     _refuse_unsupported(config, teacher, solver, teacher_solver)
@@ -178,6 +183,7 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     else:
         ptq = quantize(teacher.denoiser, config.student, timesteps)
         calibrate(ptq, states, **conditions)
+    processes.copy_from_main(ptq)
     frozen_ptq = freeze(ptq)
     stopwatch.lap("calibration")
 
@@ -186,6 +192,7 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
         published_distill(student, solver, buffer, config.distill, run, config.seed, config.lr_factor)
     else:
         distill(student, solver, buffer, config.distill, run, config.seed, images)
+    processes.copy_from_main(student)
     stopwatch.lap("distillation")
     student, gain = freeze(student), 0.0
     if config.gain_images and (reason := _without_gain(teacher)):
@@ -197,9 +204,10 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
         student, gain = matched.student, matched.gain
         write_json(config.output / "gain.json", matched.record())
     stopwatch.lap("gain")
-    student.save_pretrained(config.output)
+    if processes.is_main():
+        student.save_pretrained(config.output)
     write_json(config.output / "scheduler" / "scheduler_config.json", teacher.schedule.scaled(solver.eps_scale))
-    return Made(teacher, frozen_ptq, student, gain, stopwatch.seconds, run)
+    return Made(config, teacher, frozen_ptq, student, gain, stopwatch.seconds, run)
 
 
 def _refuse_unsupported(config: RunConfig, teacher: Model, solver: Solver, teacher_solver: Solver) -> None:
@@ -226,7 +234,7 @@ def _without_gain(teacher: Model) -> str:
 
 def _training_images(config: RunConfig, teacher: Model) -> torch.Tensor:
     """What the objective "denoising" learns from; InputError where it does not fit the teacher."""
-    images = load_images(config.data)
+    images = processes.from_main(lambda: load_images(config.data))
     if choose_labels(teacher.denoiser, config.sampler, range(1)) is not None:
         raise InputError('distill.objective "denoising" is for teachers without classes')
     if (shape := tuple(to_float(images[:1]).shape[1:])) != teacher.shape:
@@ -266,6 +274,7 @@ def run(config: RunConfig) -> Path:
     ruler = load_ruler(config.features)
     load_teacher(config.teacher).check_pictures()
     made = distill_student(config, print_plan)
+    config = made.config
     bits = config.student.weight_bits, config.student.act_bits
     models = [
         dataclasses.replace(made.teacher, name="teacher"),
@@ -288,6 +297,8 @@ def run(config: RunConfig) -> Path:
         label = row_label(model, "" if fid is None else fid_label(fid, config.num_images, same_digit))
         rows.append((label, images[: config.grid_columns]))
     write_json(config.output / "metrics.json", [dataclasses.asdict(score) for score in scores])
+    if not processes.is_main():
+        return config.output
 
     labels = choose_labels(made.student, config.sampler, range(1))
     conditions = {} if labels is None else {"class_labels": labels.to(made.student.device)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_mnist.processes import share_out
 from ddpm_mnist.sampler import SEED_LIMIT, Denoiser, Solver, batches, choose_labels, denoise
 
 # Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31; from there on each buffer has a
@@ -54,15 +55,21 @@ def make_trajectories(
 ) -> Trajectories:
     """Denoise `count` noises with the teacher, and keep every step on `device`.
 
+    Several processes share out the batches; each gets all trajectories.
+
     Args:
         count: M, at most 2^18.
         seed: 0 … 2^13 - 1; each has a range of noises of its own, which no scoring uses.
     """
-    states, answers, first = [], [], first_noise(seed)
-    for seeds in batches(first, count, batch_size):
+
+    def record(seeds: range) -> tuple[Tensor, Tensor]:
         steps = list(denoise(teacher, solver, seeds, device))
-        states.append(torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1))
-        answers.append(torch.stack([step.answer for step in steps], dim=1))
-        progress(sum(map(len, states)))
+        states = torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1)
+        return states.cpu(), torch.stack([step.answer for step in steps], dim=1).cpu()
+
+    first = first_noise(seed)
+    parts = list(batches(first, count, batch_size))
+    recorded = share_out(record, parts, lambda done: progress(min(done * batch_size, count)))
+    states, answers = (torch.cat(tensors).to(device) for tensors in zip(*recorded, strict=True))
     labels = choose_labels(teacher, solver.config, range(first, first + count))
-    return Trajectories(torch.cat(states), torch.cat(answers), None if labels is None else labels.to(device))
+    return Trajectories(states, answers, None if labels is None else labels.to(device))
