@@ -30,7 +30,9 @@ def run_command(prog: str, function: Callable[[Any], Any], config_class: type, a
     parser.add_class_arguments(config_class, as_group=False, skip=lists)
     for field in dataclasses.fields(config_class):
         if field.name in lists:
-            parser.add_argument(f"--{field.name}", nargs="+", type=str, required=True, help=field.metadata["help"])
+            default = field.default_factory()  # type: ignore[misc]
+            options: dict[str, Any] = {"required": not default, "help": field.metadata["help"]}
+            parser.add_argument(f"--{field.name}", nargs="+", type=str, default=default or None, **options)
     words = [_underscored(word) for word in arguments]
     try:
         for option, value in zip(words, [*words[1:], ""], strict=True):
