@@ -33,6 +33,7 @@ SECONDS_TO_SPEAK = 5
 EXTRAS = {
     **dict.fromkeys(("torchvision", "torchmetrics", "matplotlib", "jinja2", "onnxruntime"), "lab"),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
+    "gradio": "demo",
 }
 
 # Sections lie but a few deep in each other.
@@ -116,18 +117,21 @@ def _make_parser(
         exit_on_error=False,
         allow_abbrev=False,
     )
-    names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    configs = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     usual = f" Default: {default}." if default else ""
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file, or one of {names}; options that follow override what it says.{usual}",
+        help=f"YAML file, or one of {configs}; options that follow override what it says.{usual}",
     )
     lists = {field.name for field in dataclasses.fields(config_class) if field.type == list[str]}
     parser.add_class_arguments(config_class, as_group=False, skip=lists)
     for field in dataclasses.fields(config_class):
         if field.name in lists:
-            parser.add_argument(f"--{field.name}", nargs="+", type=str, required=True, help=field.metadata["help"])
+            names = field.default_factory()  # type: ignore[operator]
+            parser.add_argument(
+                f"--{field.name}", nargs="+", type=str, default=names or None, required=not names, **field.metadata
+            )
     groups = {action.dest.rpartition(".")[0] for action in parser._actions}
     for action in parser._actions:
         if action.dest == "help":

@@ -35,6 +35,7 @@ COMMANDS = {
     "fid": Command("eval.fid", "print_fid", "FidConfig", "Score a model: FID, KID, Inception score and more"),
     "grid": Command("eval.grid", "draw_models", "GridConfig", "Draw a row of images per model, from the same noise"),
     "export": Command("eval.export", "export", "ExportConfig", "Write a student in its real bits, or a model as ONNX"),
+    "demo": Command("eval.demo", "serve", "DemoConfig", "A page to play with: digits of every bit-width, step by step"),
     "bench": Command("eval.bench", "benchmark", "BenchConfig", "Time every runtime side by side"),
     "teacher": Command("ddpm_mnist.train", "train_teacher", "TeacherConfig", "Train a teacher on images"),
     "features": Command(
