@@ -90,7 +90,7 @@ def test_a_command_exists_with_its_options(words, monkeypatch, capsys):
             assert wanted
             assert wanted[1] is None or wanted[1] in extras
         case _:
-            assert words == [".venv/bin/activate"]
+            assert words == ["source", ".venv/bin/activate"]
 
 
 def exit_code(program):
