@@ -43,6 +43,39 @@ def test_links_and_pictures_lead_somewhere(page):
             assert not anchor or anchor in anchors(file), target
 
 
+def tables(page):
+    """The head and the rows of each of a page's tables, cell by cell."""
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), flags=re.MULTILINE):
+        head, _, *rows = ([cell.strip(" *`") for cell in line.strip("|").split("|")] for line in table.splitlines())
+        yield head, rows
+
+
+@pytest.mark.parametrize(("page", "written"), [("README.md", "released"), ("docs/results.md", "ladder")])
+def test_scores_are_those_that_the_ladder_wrote(page, written):
+    columns = ("FID", "ratio", "FID to teacher")
+
+    def scores(path):
+        found = [table for table in tables(path) if set(columns) <= set(table[0])]
+        return {row[0]: [row[head.index(column)] for column in columns] for head, rows in found for row in rows}
+
+    measured = scores(ROOT / "docs" / written / "ladder.md")
+    measured["w4a4"] = measured["full"]  # the released one's rung
+    told = scores(ROOT / page)
+    assert told
+    assert told.items() <= measured.items()
+
+
+def test_speeds_are_those_that_the_benchmark_wrote():
+    measured, told = [], []
+    for page in ("bench.md", "bench-avx2.md"):
+        measured += [list(map(float, row[2:-2])) for _, rows in tables(ROOT / "docs" / page) for row in rows]
+    for head, rows in tables(ROOT / "docs" / "integers.md"):
+        if head[0] == "runtime":
+            told += [list(map(float, row[1:])) for row in rows]
+    assert told
+    assert all(row in measured for row in told)
+
+
 def commands():
     """The command lines in the pages' sh fences, and those in the midst of a text that begin with a program."""
     found = {}
