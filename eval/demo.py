@@ -36,7 +36,7 @@ class DemoConfig(SamplerConfig):
     columns: int = 10
     """Images per row, 1 to 50."""
     seed: int = 0
-    """The first row's: column i starts from the noise of seed + i."""
+    """The first row's: column i starts from the noise of seed + i, 0 to 2^31 - columns."""
     runtime: str = "integer"
     """How a student runs: "integer", or "simulated" in float."""
     host: str = "127.0.0.1"
@@ -253,11 +253,10 @@ def make_page(config: DemoConfig) -> Any:
             new = gr.Button("New noise", min_width=120)
         message = gr.HTML(visible=False, css_template="p { color: var(--error-text-color); font-weight: 600; }")
         pictures = gr.HTML(css_template=CSS, js_on_load=SCRIPT)
-        gr.on(
-            [page.load, button.click, seed.submit], draw, [students, seed], [message, pictures],
-            api_visibility="private",
-        )  # fmt: skip
-        new.click(draw_new, [students], [seed, message, pictures], api_visibility="private")
+        # One at a time, whoever asks: two would share the processor, and each other's milliseconds.
+        options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "draw"}
+        gr.on([page.load, button.click, seed.submit], draw, [students, seed], [message, pictures], **options)
+        new.click(draw_new, [students], [seed, message, pictures], **options)
     return page
 
 

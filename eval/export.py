@@ -7,7 +7,7 @@ from pathlib import Path
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import lock_folder, prepare_output, write_json
+from ddpm_mnist.runs import prepare_output, write_json
 from eval.models import load_model
 from quant import QuantizedUNet
 from quant.export import export_onnx
@@ -43,7 +43,6 @@ def export(config: ExportConfig) -> Path:
         if existing.exists():
             raise InputError(f"{existing} exists: choose another output")
     prepare_output(path)
-    lock_folder(config.output)
     if packed:
         model.denoiser.save_pretrained(config.output)
     else:

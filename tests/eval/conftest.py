@@ -23,6 +23,7 @@ def visit(browser):
 
     def open_page(address, width=1280, scheme="light"):
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        contexts[-1].set_default_timeout(300_000)  # milliseconds, for a busy machine
         page, wrong = contexts[-1].new_page(), []
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))

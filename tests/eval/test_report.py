@@ -53,7 +53,7 @@ def address(made_once, tmp_path_factory):
         ],
         grid=image_grid([(model.bits, images) for model, (images, _) in zip(models, drawn, strict=True)]),
         loss=loss_curve([1, 2], [2.0, 1.0]),
-        step_sizes=step_sizes(names, timesteps, torch.stack([quantizer.scale for quantizer in quantizers])),
+        step_sizes=step_sizes(names, timesteps, torch.stack([quantizer.scale.detach() for quantizer in quantizers])),
         layers=summarise(made_once.student, models[0].shape),
         config="seed: 0\n",
     )
