@@ -47,12 +47,11 @@ def run_command(
     # The help of an option is the docstring under its field.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=prog, description=inspect.getdoc(function), exit_on_error=False)
-    names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     usual = f" (default: {default})" if default else ""
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file, or one of {names}{usual}; options that follow override what it says",
+        help=f"YAML file, or one of {_config_names()}{usual}; options that follow override what it says",
     )
     lists = {field.name for field in dataclasses.fields(config_class) if field.type == list[str]}
     parser.add_class_arguments(config_class, as_group=False, skip=lists)
@@ -90,6 +89,10 @@ def one_line_errors(prog: str) -> Iterator[None]:
         _fail(prog, "interrupted", 130)
 
 
+def _config_names() -> str:
+    return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+
+
 def _with_config_files(words: list[str], config_class: type) -> list[str]:
     """`words` with the file of each --config in the place of its name, checked: the parser's own reader follows
     aliases, imports what a `class_path` names, and does not say which file it speaks of."""
@@ -98,10 +101,11 @@ def _with_config_files(words: list[str], config_class: type) -> list[str]:
         option, equals, value = word.partition("=")
         if option == "--config" and (equals or at + 1 < len(words)):
             value = value if equals else words[at + 1]
-            path = Path(value) if Path(value).exists() else CONFIGS / f"{value}.yaml"
-            if path.is_file():
-                _check_options(path, config_class, read_yaml(path))
-                words[at if equals else at + 1] = f"--config={path}" if equals else str(path)
+            path = next((path for path in (Path(value), CONFIGS / f"{value}.yaml") if path.is_file()), None)
+            if path is None:
+                raise ValueError(f'no configuration "{value}": neither a file nor one of {_config_names()}')
+            _check_options(path, config_class, read_yaml(path))
+            words[at if equals else at + 1] = f"--config={path}" if equals else str(path)
     return words
 
 
@@ -147,7 +151,7 @@ def _check_options(path: Path, config_class: type, content: dict[str, Any], sect
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 raise ValueError(f"{path}: {name} must hold options with their values")
-            _check_options(path, fields[key], value, f"{name}.")  # type: ignore[arg-type]
+            _check_options(path, fields[key], value, f"{name}.")
         elif isinstance(value, str) and fields[key] not in (str, str | None, Path) and set("&*!{") & set(value):
             raise ValueError(one_line(f"{path}: {name} must be {fields[key]}, not {value!r}"))
 

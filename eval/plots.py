@@ -33,7 +33,7 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:
     return figure
 
 
-def loss_curve(updates: Sequence[int], losses: Sequence[float]) -> Figure:
+def loss_curve(updates: Sequence[float], losses: Sequence[float]) -> Figure:
     """Distillation loss over updates."""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axis = figure.subplots()

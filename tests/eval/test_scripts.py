@@ -185,6 +185,8 @@ def test_a_released_student_draws_and_brings_its_config_and_score(name):
         ("fid", ["--seed", "-1"], "seed must lie in"),
         ("fid", ["--output", "{folder}"], "it is a folder"),
         ("fid", ["--config", "{broken}"], "broken.yaml cannot be parsed: "),
+        ("fid", ["--config", "nothing"], 'no configuration "nothing": neither a file nor one of fashion, '),
+        ("teacher", ["--config", "quick"], "quick.yaml has no option for 'teacher' here, only output, data, "),
         ("fid", ["--num-steps", "61"], "num_steps 61 cannot be spaced"),
         ("sample", ["--output", "x.jpg"], "output must end in .npy or .png, not x.jpg"),
         ("sample", ["--output", "{broken}/x.npy"], "broken.yaml/x.npy: File exists"),
@@ -262,7 +264,7 @@ def test_help_of_the_console_script_is_quick():
     command = [sys.executable, "-X", "importtime", "-c", "from finetune.cli import main; main()", "--help"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0
-    assert "efficientdm run --config configs/quick.yaml" in result.stdout
+    assert "Start here: efficientdm run\n" in result.stdout
     assert "torch" not in result.stderr, "heavy imports wait until they are needed"
 
 
