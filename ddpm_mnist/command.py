@@ -117,12 +117,11 @@ def _make_parser(
         exit_on_error=False,
         allow_abbrev=False,
     )
-    configs = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     usual = f" Default: {default}." if default else ""
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file, or one of {configs}; options that follow override what it says.{usual}",
+        help=f"YAML file, or one of {_config_names()}; options that follow override what it says.{usual}",
     )
     lists = {field.name for field in dataclasses.fields(config_class) if field.type == list[str]}
     parser.add_class_arguments(config_class, as_group=False, skip=lists)
@@ -180,6 +179,10 @@ def _no_option(name: str, options: Collection[str]) -> str:
     return f"no option --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists them")
 
 
+def _config_names() -> str:
+    return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+
+
 def _with_config_files(words: list[str], config_class: type, options: Collection[str]) -> list[str]:
     """`words` with the file of each --config in the place of its name, checked: the parser's own reader follows
     aliases, imports what a `class_path` names, and does not say which file it speaks of."""
@@ -188,10 +191,11 @@ def _with_config_files(words: list[str], config_class: type, options: Collection
         option, equals, value = word.partition("=")
         if option == "--config" and (equals or at + 1 < len(words)):
             value = value if equals else words[at + 1]
-            path = Path(value) if Path(value).exists() else CONFIGS / f"{value}.yaml"
-            if path.is_file():
-                _check_content(path, config_class, read_yaml(path), options)
-                words[at if equals else at + 1] = f"--config={path}" if equals else str(path)
+            path = next((path for path in (Path(value), CONFIGS / f"{value}.yaml") if path.is_file()), None)
+            if path is None:
+                raise ValueError(f'no configuration "{value}": neither a file nor one of {_config_names()}')
+            _check_content(path, config_class, read_yaml(path), options)
+            words[at if equals else at + 1] = f"--config={path}" if equals else str(path)
     return words
 
 

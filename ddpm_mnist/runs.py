@@ -249,11 +249,14 @@ def update_generator(seed: int, update: int) -> torch.Generator:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a log; InputError where a line is none, of numbers with names."""
+    """The rows of a log, numbers with names, update, loss and seconds among them; InputError where a line is none."""
     try:
         rows = [parse_json(line, path.name) for line in read_limited(path).splitlines()]
-        if not all(isinstance(value, int | float) for row in rows for value in row.values()):
-            raise ValueError(f"{path.name} holds what is no number")
+        for row in rows:
+            if not {"update", "loss", "seconds"} <= row.keys() or not all(
+                isinstance(x, int | float) for x in row.values()
+            ):
+                raise ValueError(f"{path.name} has a line without update, loss and seconds, or with what is no number")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path} is no log of a run: {error}") from error
     return rows

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -379,6 +379,8 @@ def check_score(score: dict[str, Any]) -> None:
     """ValueError or KeyError unless `score`, which was read from a file, has the fields of `Score` and their types."""
     for field in fields(Score):
         value: Any = score.get(field.name, field.default)
+        if value is MISSING:
+            raise ValueError(f"it has no {field.name}")
         many, kinds = field.name.endswith("_interval") or field.name == "labels", str(field.type)
         words = "str" in kinds
         for part in (value or []) if many and isinstance(value, list | None) else (value,):

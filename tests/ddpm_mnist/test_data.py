@@ -281,7 +281,7 @@ def test_wrong_arrays_are_refused(tmp_path):
         assert "is uint8, of shape (N, H, W) or (N, H, W, 3)" in str(caught.value)
 
     refused(np.zeros((2, 6, 8)), r"a\.npy holds float64: ")
-    refused(np.array([{}], object), r"a\.npy cannot be read: Object arrays")
+    refused(np.array([{}], object), r"a\.npy cannot be read: Array can't be memory-mapped: Python objects")
     refused(pictures(2, 3, 6, 8), r"a\.npy has shape \(2, 3, 6, 8\): ")
     refused(pictures(6, 8), r"a\.npy has shape \(6, 8\): ")
     refused(pictures(0, 6, 8), r"a\.npy is empty, of shape \(0, 6, 8\): ")

@@ -42,7 +42,7 @@ from ddpm_mnist.command import run_command
 from ddpm_mnist.data import load_images
 from ddpm_mnist.runs import RunState, read_log
 from ddpm_mnist.sampler import SamplerConfig, Solver, sample
-from ddpm_mnist.train import TeacherConfig
+from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from eval import features
 from eval.grid import recorded_fid
@@ -336,6 +336,19 @@ def redigest(folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
 
 
+def redigest_ruler(folder: Path) -> None:
+    """Give a ruler's statistics the digests of the networks that lie beside them."""
+    for part in (folder, folder / "second"):
+        with contextlib.suppress(ValueError, KeyError, TypeError, struct.error):
+            content = (part / "reference.safetensors").read_bytes()
+            size = struct.unpack("<Q", content[:8])[0]
+            header = json.loads(content[8 : 8 + size])
+            digest = hashlib.sha256((part / "features.safetensors").read_bytes()).hexdigest()[:12]
+            header["__metadata__"]["features"] = digest
+            head = json.dumps(header).encode()
+            (part / "reference.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + content[8 + size :])
+
+
 class Target(NamedTuple):
     """A kind of folder that is read back."""
 
@@ -381,6 +394,7 @@ class Targets:
         for name in ("a.png", "a.bmp", "a.jpg"):
             Image.fromarray(images[0]).save(root / "picture" / name)
         self._read_rung(root / "rung")
+        self._read_training(root / "training")
         self.all = {
             "student": Target(
                 {
@@ -417,6 +431,10 @@ class Targets:
                 },
                 self._read_ruler,
                 5,
+                redigest_ruler,
+            ),
+            "training": Target(
+                {"state/latest.pt": mutate_state, "log.jsonl": mutate_json_lines}, self._read_training, 4
             ),
             "rung": Target({"images.pt": mutate_state, "metrics.json": mutate_json}, self._read_rung, 10),
             "npy": Target({"a.npy": mutate_npy}, lambda folder: load_images(str(folder / "a.npy")), 10),
@@ -444,6 +462,10 @@ class Targets:
     def _read_config(self, folder: Path) -> None:
         for name, config in {"quick": RunConfig, "ladder": ladder.LadderConfig, "teacher": TeacherConfig}.items():
             run_command("prog", lambda config: config, config, ["--config", str(folder / f"{name}.yaml")])
+
+    def _read_training(self, folder: Path) -> None:
+        data = str(self.root / "npy" / "a.npy")
+        train_teacher(TeacherConfig(output=folder, data=data, unet=TINY, total_updates=1, batch_size=2))
 
     def _read_ruler(self, folder: Path) -> None:
         for cached in (features.features_digest, features.load_features, features.load_reference, features.load_ruler):
