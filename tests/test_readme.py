@@ -62,7 +62,7 @@ def test_scores_are_those_that_the_ladder_wrote(page, written):
     measured["w4a4"] = measured["full"]  # the released one's rung
     told = scores(ROOT / page)
     assert told
-    assert told.items() <= measured.items()
+    assert not {name: score for name, score in told.items() if score != measured.get(name)}
 
 
 def test_speeds_are_those_that_the_benchmark_wrote():
@@ -73,7 +73,7 @@ def test_speeds_are_those_that_the_benchmark_wrote():
         if head[0] == "runtime":
             told += [list(map(float, row[1:])) for row in rows]
     assert told
-    assert all(row in measured for row in told)
+    assert not [row for row in told if row not in measured]
 
 
 def commands():
@@ -123,7 +123,7 @@ def test_a_command_exists_with_its_options(words, monkeypatch, capsys):
             assert wanted
             assert wanted[1] is None or wanted[1] in extras
         case _:
-            assert words == [".venv/bin/activate"]
+            assert words == ["source", ".venv/bin/activate"]
 
 
 def exit_code(program):
