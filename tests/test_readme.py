@@ -62,7 +62,7 @@ def test_scores_are_those_that_the_ladder_wrote(page, written):
     measured["w4a4"] = measured["full"]  # the released one's rung
     told = scores(ROOT / page)
     assert told
-    assert told.items() <= measured.items()
+    assert not {name: score for name, score in told.items() if score != measured.get(name)}
 
 
 def test_speeds_are_those_that_the_benchmark_wrote():
@@ -73,7 +73,7 @@ def test_speeds_are_those_that_the_benchmark_wrote():
         if head[0] == "runtime":
             told += [list(map(float, row[1:])) for row in rows]
     assert told
-    assert all(row in measured for row in told)
+    assert not [row for row in told if row not in measured]
 
 
 def commands():
@@ -82,7 +82,7 @@ def commands():
     for page in PAGES:
         lines = []
         for language, code in FENCE.findall(page.read_text()):
-            if language == "sh":
+            if language == "sh" and not code.startswith("#!"):
                 lines += code.replace("\\\n", " ").splitlines()
         for code in re.findall(r"`([^`]+)`", prose(page)):
             if re.match(r"([A-Z_]+=\S+\s+)*(\S*/)?(efficientdm|python|pip|make) ", code):
@@ -103,6 +103,8 @@ def test_a_command_exists_with_its_options(words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
+    if words[0] in ("accelerate", "torchrun"):  # their own options, then a module or a program
+        words = ["python", *words[words.index("-m") :]] if "-m" in words else words[words.index("efficientdm") :]
     if words[0] in ("efficientdm", "python") and not any(word.startswith("--") for word in words):
         words = [*words, "--help"]  # what is no more than a name
     monkeypatch.setattr(sys, "argv", words)
