@@ -99,7 +99,7 @@ def test_a_click_on_a_heading_sorts_its_table(visit, address):
     assert parameters() == sorted(parameters(), reverse=True)
     assert heading.get_attribute("aria-sort") == "descending"
     layers.get_by_role("button", name="layer").press("Space")
-    assert column(0) == sorted(before)
+    assert column(0) == sorted(before, key=lambda name: name.replace("_", " "))  # as a browser sorts words
     assert heading.get_attribute("aria-sort") is None
     assert layers.locator("[aria-sort]").count() == 1
     assert not wrong
