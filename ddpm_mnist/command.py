@@ -41,7 +41,7 @@ def run_command(prog: str, function: Callable[[Any], Any], config_class: type, a
             parser.add_argument(f"--{field.name}", nargs="+", type=str, required=True, help=field.metadata["help"])
     words = [_underscored(word) for word in arguments]
     try:
-        for option, value in zip(words, [*words[1:], ""], strict=True):
+        for option, value in zip(words, [*words, ""][1:], strict=True):
             if option.startswith("--config"):
                 _check_yaml(Path(option.partition("=")[2] or value))
         parsed = parser.instantiate(parser.parse_args(words))
