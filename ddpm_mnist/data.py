@@ -198,7 +198,7 @@ def _read_array(path: Path) -> NDArray[np.uint8]:
     right = "an array of images is uint8, of shape (N, H, W) or (N, H, W, 3)"
     try:
         # Mapped first: the size that the head claims is then held against the file's own.
-        images = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        images = np.array(np.lib.format.open_memmap(path, mode="r"))
     except Exception as error:  # of the head, which is a literal of Python, or of the system
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(one_line(f"{path} cannot be read: {reason}; {right}")) from error

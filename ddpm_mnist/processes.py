@@ -171,5 +171,5 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # the libraries below have no narrower one for all that can happen
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise ProcessLost(f"another process has ended or does not answer ({reason})") from error
