@@ -135,27 +135,28 @@ def parse_seed(text: str, num_images: int) -> int:
 def rows(films: list[Film]) -> str:
     """The films as HTML, one under the other, the teacher's first; a frame around what shows another digit than its."""
     ruler, teacher = load_ruler(), films[0]
-    seen = [ruler.extract(film.images)[1].argmax(1) if ruler.fits(film.images) else None for film in films]
-    expected = seen[0]
+    fits = ruler.fits(teacher.images)
+    seen = [ruler.extract(film.images)[1].argmax(1).tolist() for film in films] if fits else []
     steps, count = len(teacher.states) - 1, len(teacher.images)
     parts = [
         f'<div class="controls"><button type="button" class="play">Play</button>'
         f'<input type="range" min="0" max="{steps}" value="{steps}" aria-label="Denoising step">'
         f"<output>Step {steps} of {steps}</output></div>"
     ]
-    for number, (film, digits) in enumerate(zip(films, seen, strict=True)):
-        facts, marks = [f"{film.milliseconds:.1f} ms per image"], []
-        if number and digits is not None and expected is not None:
-            same = digits == expected
-            facts.append(f"same digit {same.float().mean():.0%}")
-            for i in (~same).nonzero().flatten().tolist():
-                marks.append(f'<i style="--column:{i}" title="{expected[i]} for the teacher, here {digits[i]}"></i>')
-        name = escape(Path(film.model.name).name)
+    for row, film in enumerate(films):
+        facts, marks, name = [f"{film.milliseconds:.1f} ms per image"], "", escape(Path(film.model.name).name)
+        if seen and row > 0:
+            pairs = list(zip(seen[0], seen[row], strict=True))
+            facts.append(f"same digit {sum(a == b for a, b in pairs) / count:.0%}")
+            marks = "".join(
+                f'<i style="--column:{i}" title="{a} for the teacher, here {b}"></i>'
+                for i, (a, b) in enumerate(pairs)
+                if a != b
+            )
         parts.append(
             f"<figure><figcaption><b>{name}</b> <span>{film.model.bits}</span>"
             f"{''.join(f'<small>{fact}</small>' for fact in facts)}</figcaption>"
-            f'<div class="film"><img src="{_sprite(film.states)}" alt="{count} images of {name}">{"".join(marks)}</div>'
-            "</figure>"
+            f'<div class="film"><img src="{_sprite(film.states)}" alt="{count} images of {name}">{marks}</div></figure>'
         )
     height, width = teacher.images.shape[1:3]
     style = f"--step:{steps}; --states:{steps + 1}; --columns:{count}; --ratio:{count * width / height}"
@@ -186,10 +187,11 @@ figcaption small { flex-basis: 100%; font-size: .85rem; opacity: .8; }
 @media (max-width: 640px) { figure { grid-template-columns: 1fr; } figcaption small { flex-basis: auto; } }
 """
 
-# Gradio's own frame: as wide as is read well, and no room around what is plain HTML.
+# Gradio's own frame: as wide as is read well, no room around what is plain HTML, and the paths of folders break.
 FRAME_CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 .html-container { padding: 0 !important; }
+label, label span { min-width: 0; overflow-wrap: anywhere; }
 """
 
 # Of each drawing the whole film is in the page: nothing is asked of the server while it runs.

@@ -52,9 +52,9 @@ def test_the_share_of_same_digits_is_the_one_of_the_scores():
 
 
 @pytest.mark.parametrize("seed", ["", "five", "1.5", "-1", "2147483645", "99999999999999999999", "1e3"])
-def test_a_seed_that_is_none_is_named(folders, seed):
+def test_a_seed_that_is_none_is_named(seed):
     with pytest.raises(InputError, match=f"a whole number from 0 to 2147483644, not “{re.escape(seed)}”"):
-        Player(make_config(folders)).draw([folders[1]], seed)
+        Player(DemoConfig(columns=4)).draw(["w4a4"], seed)
 
 
 def test_a_player_says_what_cannot_be_drawn(folders):
@@ -95,14 +95,14 @@ def test_wrong_input_gets_one_line_and_exit_code_2(arguments, message, monkeypat
     assert message in captured.err
 
 
-def test_a_port_that_is_taken_is_named(folders):
+def test_a_port_that_is_taken_is_named():
     pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        config = make_config(folders, port=server.getsockname()[1])
+        config = DemoConfig(port=server.getsockname()[1])
         with pytest.raises(InputError, match=f"127.0.0.1, port {config.port}: Address already in use"):
             launch(None, config)
     with pytest.raises(InputError, match=r"cannot be served at 192\.0\.2\.1"):
-        launch(None, make_config(folders, host="192.0.2.1"))
+        launch(None, DemoConfig(host="192.0.2.1"))
 
 
 @pytest.fixture
