@@ -186,7 +186,7 @@ def test_a_released_student_draws_and_brings_its_config_and_score(name):
         ("fid", ["--output", "{folder}"], "it is a folder"),
         ("fid", ["--config", "{broken}"], "broken.yaml cannot be parsed: "),
         ("fid", ["--config", "nothing"], 'no configuration "nothing": neither a file nor one of fashion, '),
-        ("teacher", ["--config", "quick"], "quick.yaml has no option for 'teacher' here, only output, data, "),
+        ("teacher", ["--config", "quick"], "quick.yaml: no option --teacher; did you mean "),
         ("fid", ["--num-steps", "61"], "num_steps 61 cannot be spaced"),
         ("sample", ["--output", "x.jpg"], "output must end in .npy or .png, not x.jpg"),
         ("sample", ["--output", "{broken}/x.npy"], "broken.yaml/x.npy: File exists"),
