@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,10 @@ class TeacherConfig:
     """γ, above 0, of the Min-SNR loss weight min(SNR, γ) / SNR (arXiv 2303.09556, eq. 8 for ε). None: the unweighted
     loss of DDPM."""
     ema_decay: float = 0.999
-    """Decay, 0 to 1, of the exponential moving average of the weights, which is what is saved and sampled."""
+    """Decay, 0 to 1, of the exponential moving average of the weights, which is what is sampled."""
+    average_at: tuple[int, ...] = ()
+    """Updates, in order, after which that average is kept: what is saved is the mean of those that were (arXiv
+    1803.05407). Empty: the last alone."""
     mixed_precision: str = "no"
     """accelerate's: "no", or "bf16" for autocast to bfloat16."""
     seed: int = 0
@@ -88,6 +92,11 @@ class TeacherConfig:
         for name in ("warmup_updates", "restart_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        updates = (0, *self.average_at, self.total_updates + self.restart_updates + 1)
+        if any(left >= right for left, right in itertools.pairwise(updates)):
+            raise ValueError(
+                f"average_at must name updates of 1…{updates[-1] - 1} in their order, not {list(self.average_at)}"
+            )
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must lie in 0…2^32 - 1, not {self.seed}")
         check_tracker(self.tracker)
@@ -149,6 +158,13 @@ def restore_ema(ema: EMAModel, saved: dict[str, Any]) -> None:
     ema.load_state_dict({**ema.state_dict(), **taken})
 
 
+def restore_kept(saved: list[list[Tensor]], like: list[nn.Parameter], count: int) -> list[list[Tensor]]:
+    """The `count` weights that a state kept to be averaged; ValueError where they are others."""
+    if len(saved) != count or any([x.shape for x in weights] != [x.shape for x in like] for weights in saved):
+        raise ValueError("what was kept to be averaged is of other parameters")
+    return [[weight.to(at) for weight, at in zip(weights, like, strict=True)] for weights in saved]
+
+
 def train_teacher(config: TeacherConfig) -> Path:
     """Train the teacher of `config` on its images, or go on where its folder left off.
 
@@ -183,7 +199,9 @@ def train_teacher(config: TeacherConfig) -> Path:
     optimizers = make_optimizers(unet)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
+    kept: list[list[Tensor]] = []  # the weights that are averaged in the end
     num_updates = config.total_updates + config.restart_updates
+    average_at = config.average_at or (num_updates,)
     first, seconds_before = run.progress(num_updates)
     if (state := run.state) is not None:
         with run.restoring():
@@ -193,10 +211,11 @@ def train_teacher(config: TeacherConfig) -> Path:
                     "choose another output folder, or delete this one"
                 )
             unet.load_state_dict(state["unet"])
-            kept = ({"mean"}, {"step", "exp_avg", "exp_avg_sq"})
-            for optimizer, saved, names in zip(optimizers, state["optimizers"], kept, strict=True):
+            moments = ({"mean"}, {"step", "exp_avg", "exp_avg_sq"})
+            for optimizer, saved, names in zip(optimizers, state["optimizers"], moments, strict=True):
                 restore_optimizer(optimizer, saved, names)
             restore_ema(ema, state["ema"])
+            kept = restore_kept(state["kept"], list(unet.parameters()), sum(at <= first for at in average_at))
 
     save_config(config, config.output / "config.yaml")
     ema.to(device)
@@ -225,6 +244,8 @@ def train_teacher(config: TeacherConfig) -> Path:
             done = update + 1
             seconds = seconds_before + time.monotonic() - start
             last = done == num_updates
+            if done in average_at:
+                kept.append([mean.clone() for mean in ema.shadow_params])
             if done % config.log_every == 0 or last:
                 mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
@@ -245,12 +266,15 @@ def train_teacher(config: TeacherConfig) -> Path:
                         "unet": unet.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                         "ema": ema.state_dict(),
+                        "kept": kept,
                         "images": digest,
                         "update": done,
                         "seconds": seconds,
                     }
                 )
-    ema.copy_to(unet.parameters())
+    with torch.no_grad():
+        for parameter, weights in zip(unet.parameters(), zip(*kept, strict=True), strict=True):
+            parameter.copy_(torch.stack(weights).mean(0))
     if processes.is_main():
         save_teacher(unet, config.output, config.eps_scale)
     run.tracker.finish()

@@ -43,7 +43,7 @@ def log_or_die(self, **row):
 RunState.log = log_or_die
 train.train_teacher(train.TeacherConfig(
     output=folder, unet=UNetConfig((8, 16), norm_num_groups=4, attention_head_dim=8), total_updates=4,
-    restart_updates=2, batch_size=4, warmup_updates=2, log_every=1, save_every=2, grid_every=6))
+    restart_updates=2, average_at=(3, 6), batch_size=4, warmup_updates=2, log_every=1, save_every=2, grid_every=6))
 """
 
 
@@ -202,6 +202,24 @@ def test_the_learning_rate_begins_again_at_half_after_a_restart():
     assert [learning_rate(config, update) for update in (100, 125, 149)] == pytest.approx([1.0, 0.5, 0.02])
 
 
+def test_the_teacher_is_the_mean_of_the_weights_that_were_kept(tmp_path, monkeypatch):
+    """Against torch's own averaged model, of runs that end where weights are kept."""
+    draw_black(monkeypatch)
+    options = {"warmup_updates": 0, "decay_fraction": 0.0}
+    config = dataclasses.replace(tiny(tmp_path / "3"), total_updates=3, **options)
+    train_teacher(dataclasses.replace(config, output=tmp_path / "mean", average_at=(1, 3)))
+    models = []
+    for count in (1, 3):
+        train_teacher(dataclasses.replace(config, output=tmp_path / str(count), total_updates=count))
+        models.append(load_teacher(tmp_path / str(count)))
+    assert not torch.equal(models[0].conv_in.weight, models[1].conv_in.weight)
+    mean = torch.optim.swa_utils.AveragedModel(models[0])
+    for model in models:
+        mean.update_parameters(model)
+    for ours, theirs in zip(load_teacher(tmp_path / "mean").parameters(), mean.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_min_snr_weight_caps_the_loss_on_x0():
     """The squared error in x0 is that in ε over SNR: the weight min(SNR, γ)/SNR of one is min(SNR, γ) of the other."""
     alphas_cumprod = make_noise_schedule().alphas_cumprod
@@ -231,6 +249,11 @@ def test_a_batch_depends_on_seed_and_update(shape):
         ({"total_updates": 0}, "total_updates must be positive, not 0"),
         ({"restart_updates": -1}, "restart_updates must not be negative, not -1"),
         ({"decay_fraction": 2}, "decay_fraction must lie in"),
+        (
+            {"total_updates": 9, "average_at": (3, 10)},
+            r"average_at must name updates of 1…9 in their order, not \[3, 10",
+        ),
+        ({"average_at": (4, 4)}, r"average_at must name updates of 1…20000 in their order, not \[4, 4"),
         ({"image_size": (0, 8)}, r"image_size must be positive, not \(0, 8\)"),
         ({"mixed_precision": "int4"}, 'mixed_precision must be "no" or "bf16", not "int4"'),
     ],
