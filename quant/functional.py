@@ -21,9 +21,8 @@ from torch import Tensor
 # The width of three codes: log2(3), as it is written everywhere.
 TERNARY = 1.58
 
-# Which widths of signed codes are mid-rise. Of two bits they would be −3, −1, 1, 3 instead of −2, −1, 0, 1.
-MID_RISE = {1}
-
+# Which widths of signed codes are mid-rise: with so few, one for zero is a level that the other side lacks.
+MID_RISE = (1, 2)
 
 # Widths beside 2…8: of weights, and of the inputs of a few layers, whose codes are two digits of 8 bits.
 FEW: tuple[float, ...] = (1, TERNARY)
@@ -44,9 +43,9 @@ def code_range(bits: float, signed: bool) -> range:
 
     ================ ======== =====================================
     unsigned         2…8, 16  0, 1, …, 2^b − 1
-    signed           2…8      −2^(b−1), …, −1, 0, 1, …, 2^(b−1) − 1
+    signed           3…8      −2^(b−1), …, −1, 0, 1, …, 2^(b−1) − 1
     signed, ternary  1.58     −1, 0, 1
-    signed, mid-rise MID_RISE −(2^b − 1), …, −1, 1, …, 2^b − 1
+    signed, mid-rise 1, 2     −(2^b − 1), …, −1, 1, …, 2^b − 1
     ================ ======== =====================================
     """
     check_bits("bits", bits, FEW if signed else (FINE,))

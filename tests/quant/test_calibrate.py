@@ -231,17 +231,6 @@ def test_autocast_changes_nothing_and_doubles_are_taken():
     assert torch.equal(frozen(x.double(), 900).sample, expected)
 
 
-def test_an_image_that_passes_by_the_last_convolution_cannot_be_scaled():
-    skip = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
-    frozen = freeze(calibrated(make(**skip, block_out_channels=(32, 64), in_channels=3, out_channels=3)))
-    with pytest.raises(ValueError, match="Skip blocks add an image"):
-        frozen.scale_output(1.1)
-    plain = freeze(calibrated(make()))
-    for factor in (float("nan"), 0.0, -1.0):
-        with pytest.raises(ValueError, match="the factor must be a positive number"):
-            plain.scale_output(factor)
-
-
 def test_what_is_no_student_is_refused_in_a_sentence():
     unet = make()
     for verb in (freeze, lambda model: calibrate(model, {})):

@@ -83,7 +83,7 @@ def test_a_clock_needs_different_timesteps(timesteps):
         Clock(timesteps)
 
 
-@pytest.mark.parametrize("weight_bits", [1, 1.58, 2, "2 mid-rise", 3, 4, 8], indirect=True)
+@pytest.mark.parametrize("weight_bits", [1, 1.58, 2, 3, 4, 8])
 def test_the_search_for_weights_finds_what_scipy_finds(weight_bits):
     weight = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
     quantizer = WeightQuantizer(weight_bits, 3)
@@ -115,7 +115,7 @@ def test_the_search_for_binary_weights_finds_their_mean_magnitude(fan_in, outlie
     assert torch.equal(quantizer(weight).sign(), weight.sign())
 
 
-@pytest.mark.parametrize("weight_bits", [1, 1.58, 2, "2 mid-rise", 4], indirect=True)
+@pytest.mark.parametrize("weight_bits", [1, 1.58, 2, 4])
 @pytest.mark.parametrize("search", ["error", "min-max"])
 def test_codes_stand_for_what_training_saw(weight_bits, search):
     weight = torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(0))

@@ -374,8 +374,7 @@ def test_random_programs_are_exact(example):
 @pytest.mark.parametrize(("kernel", "inside"), [(3, 64), (1, 512)])
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 8), (1.58, 8), (2, 8), ("2 mid-rise", 8), (4, 4), (4, 8), (5, 7), (7, 7), (8, 2), (8, 4), (8, 8), (8, 16)],
-    indirect=["weight_bits"],
+    [(1, 8), (1.58, 8), (2, 8), (4, 4), (4, 8), (5, 7), (7, 7), (8, 2), (8, 4), (8, 8), (8, 16)],
 )
 @pytest.mark.parametrize("zero_point", [0, 0.5, 1])
 def test_the_largest_codes_and_weights_do_not_saturate(isa, weight_bits, act_bits, kernel, inside, zero_point):
@@ -385,8 +384,7 @@ def test_the_largest_codes_and_weights_do_not_saturate(isa, weight_bits, act_bit
 # A fan-in of 86,528 codes, all of them the largest: 16 bits would not hold a half of the sum of any of these widths.
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 2), ("2 mid-rise", 4), (2, 3)],
-    indirect=["weight_bits"],
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), (2, 3), (2, 4)],
 )
 def test_sums_of_few_bits_do_not_saturate(isa, weight_bits, act_bits):
     check_saturation(isa, weight_bits, act_bits, kernel=13, inside=512, zero_point=1)
@@ -415,8 +413,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 4), (2, 3), (4, 4), (8, 8), (4, 16), (8, 16)],
-    indirect=["weight_bits"],
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), (2, 4), (4, 4), (8, 8), (4, 16), (8, 16)],
 )
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize(("inside", "outside"), [(1, 16), (18, 37), (64, 1)])

@@ -90,8 +90,7 @@ def test_every_layer_of_other_unets_makes_the_simulations_codes(followed):
 
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 2), (1, 4), (1.58, 2), (2, 2), ("2 mid-rise", 2), ("2 mid-rise", 4), (2, 3)],
-    indirect=["weight_bits"],
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), (2, 3), (2, 4)],
 )
 def test_few_bits_run_as_the_simulation_from_the_disk(weight_bits, act_bits, tmp_path):
     """But for what a code on the other side of a border changes. On every instruction set with the same bytes."""
@@ -110,7 +109,7 @@ def test_few_bits_run_as_the_simulation_from_the_disk(weight_bits, act_bits, tmp
 
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits", "fan_in"),
-    [(1, 8, 4_210_752), (1.58, 8, 4_210_752), (2, 8, 2_105_376), (8, 8, 32_896), (8, 2, 65_535), (8, 16, 32_896)],
+    [(1, 8, 4_210_752), (1.58, 8, 4_210_752), (2, 8, 1_403_584), (8, 8, 32_896), (8, 2, 65_535), (8, 16, 32_896)],
 )
 def test_sums_that_leave_32_bits_are_refused(weight_bits, act_bits, fan_in):
     """Twice the largest weight times 255, or times the 128 that codes may be stored less: from 2³¹ on."""
@@ -122,9 +121,7 @@ def test_sums_that_leave_32_bits_are_refused(weight_bits, act_bits, fan_in):
         IntegerLayer(0, "last", layers[1], 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("weight_bits", "largest"), [(1, 1), (1.58, 1), (2, 2), ("2 mid-rise", 3), (8, 128)], indirect=["weight_bits"]
-)
+@pytest.mark.parametrize(("weight_bits", "largest"), [(1, 1), (1.58, 1), (2, 3), (3, 4), (8, 128)])
 def test_the_largest_product_is_that_of_the_codes(weight_bits, largest):
     layer = QuantLinear(nn.Linear(5, 3), weight_bits, 3, 1, Clock([0]))
     layer.freeze()
