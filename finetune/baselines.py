@@ -63,6 +63,7 @@ def published_distill(
         learn="adapters",
         scale_aware=True,
         lr_adapters=lr_factor * LR_ADAPTERS,
+        lr_affine=0,
         max_grad_norm=math.inf,
     )
     groups = parameter_groups(student, config)

@@ -41,6 +41,8 @@ class DistillConfig:
     """Take that mean over each layer, for a learning rate of its own (eq. 8), or over the mean of all layers."""
     lr_weights: float = 0.02
     """Learning rate of the weights as a factor of the same mean, at least 0, if they are what is learned."""
+    lr_affine: float = 2e-3
+    """Learning rate, at least 0, of what stays in float beside the adapters: biases and normalisations."""
     lr_weight_scales: float = 1e-3
     """Learning rate of the weight step sizes as a factor of the layer's mean one, at least 0."""
     lr_act_scales: float = 5e-3
@@ -70,9 +72,9 @@ class DistillConfig:
         for name in (*rates, "warmup_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        idle = "lr_weights" if self.learn == "adapters" else "lr_adapters"
-        if all(getattr(self, name) == 0 for name in rates if name != idle):
-            raise ValueError(f"{', '.join(name for name in rates if name != idle)} must not all be 0")
+        idle = ("lr_weights",) if self.learn == "adapters" else ("lr_adapters", "lr_affine")
+        if all(getattr(self, name) == 0 for name in rates if name not in idle):
+            raise ValueError(f"{', '.join(name for name in rates if name not in idle)} must not all be 0")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, not {self.max_grad_norm}")
 
@@ -185,14 +187,15 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
         unit = weight_scale if config.scale_aware else common_scale
         if config.learn == "adapters":
             learn(f"{name}.lora", [layer.lora_a, layer.lora_b], config.lr_adapters * unit)
+            learn(f"{name}.bias", [layer.bias], config.lr_affine)
         else:
             learn(f"{name}.weight", [layer.weight, layer.bias], config.lr_weights * unit)
         learn(f"{name}.weight_scale", [weights.scale], config.lr_weight_scales * weight_scale, weight_scale / 100)
         learn(f"{name}.act_scale", [activations.scale], config.lr_act_scales * act_scale, act_scale / 100)
         learn(f"{name}.act_zero_point", [activations.zero_point], config.lr_zero_points)
-    if config.learn == "weights":
-        norms = [module for module in student.modules() if isinstance(module, nn.GroupNorm)]
-        learn("norms", [p for norm in norms for p in norm.parameters()], config.lr_weights * common_scale)
+    norms = [module for module in student.modules() if isinstance(module, nn.GroupNorm)]
+    lr_norms = config.lr_affine if config.learn == "adapters" else config.lr_weights * common_scale
+    learn("norms", [parameter for norm in norms for parameter in norm.parameters()], lr_norms)
     return groups
 
 

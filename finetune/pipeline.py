@@ -15,7 +15,7 @@ from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.noise import STREAM
 from ddpm_mnist.runs import RunState, progress, read_log, span, write_bytes, write_json
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, choose_labels, sample, to_float
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, choose_labels, to_float
 from ddpm_mnist.tracking import check_tracker
 from eval.features import load_ruler
 from eval.fid import print_scores, score_images
@@ -26,8 +26,7 @@ from eval.report import write_report
 from eval.sample import DrawConfig, draw
 from finetune.baselines import published_distill, published_start
 from finetune.distill import DistillConfig, distill
-from finetune.gain import match_noise
-from finetune.trajectories import MAX_SEED, NOISES, Trajectories, held_out_noise, make_trajectories
+from finetune.trajectories import MAX_SEED, NOISES, Trajectories, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
 from quant.integer.core import choose
 from quant.integer.program import refuse_unsupported
@@ -55,15 +54,12 @@ class RunConfig:
     teacher_steps: int = 1
     """Steps of the teacher that one step of the student stands for, at least 1."""
     num_trajectories: int = 2048
-    """Trajectories of the teacher in the buffer, from 1 to 2^18 - gain_images."""
+    """Trajectories of the teacher in the buffer, from 1 to 2^18."""
     calibration_trajectories: int = 64
     """How many of them the calibration of the activations looks at, at least 1."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: str = "mnist"
     """For distill.objective "denoising" alone: the images, as the teacher's config names them."""
-    gain_images: int = 512
-    """Images of student and teacher, at least 0, in which the noise that is left is compared after the distillation, to
-    scale the student's ε (finetune/gain.py); 0 leaves it as it is."""
     num_images: int = 2000
     """Images to score each model on, at least 2 and grid_columns."""
     features: str | None = None
@@ -76,7 +72,7 @@ class RunConfig:
     grid_columns: int = 12
     """Images per row of the grid, at least 1."""
     runtime: str = "integer"
-    """How the student runs when its gain is found and when it is scored: "integer", or "simulated" in float."""
+    """How the student runs when it is scored: "integer", or "simulated" in float."""
     tracker: str = "none"
     """Where the loss, step sizes and the grid are shown besides: "none", "tensorboard", "wandb" or "trackio"."""
 
@@ -94,13 +90,8 @@ class RunConfig:
             raise ValueError(f"calibration_trajectories must be at most num_trajectories, {self.num_trajectories}")
         if self.num_images < max(2, self.grid_columns):
             raise ValueError(f"num_images must be at least 2 and grid_columns, not {self.num_images}")
-        if self.gain_images < 0:
-            raise ValueError(f"gain_images must not be negative, not {self.gain_images}")
-        if self.num_trajectories > NOISES - self.gain_images:
-            most = f"2^18 - gain_images, {NOISES - self.gain_images}"
-            raise ValueError(f"num_trajectories must be at most {most}, not {self.num_trajectories}")
-        if self.recipe == "published" and self.gain_images:
-            raise ValueError("the published recipe has no gain: gain_images must be 0")
+        if self.num_trajectories > NOISES:
+            raise ValueError(f"num_trajectories must be at most 2^18, {NOISES}, not {self.num_trajectories}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed must lie in 0…{MAX_SEED}, not {self.seed}")
         if not 0 <= self.score_seed <= SEED_LIMIT - self.num_images:
@@ -129,8 +120,6 @@ class Made:
     """The student before distillation, frozen."""
     student: QuantizedUNet
     """The student, frozen."""
-    gain: float
-    """What its ε was scaled by, less 1."""
     seconds: dict[str, float]
     """Seconds per stage."""
     run: RunState
@@ -152,12 +141,11 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     of updates that are done already, once all is well. Several processes share out all but the calibration; the
     config.yaml that they leave makes the same student in one.
 
-    Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder,
-    and gain.json where there is a gain.
+    Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder.
 
     Raises:
-        InputError: no such teacher, or one that sees no noise; the student cannot run as `runtime` says; or the folder
-            belongs to another configuration.
+        InputError: no such teacher; the student cannot run as `runtime` says; or the folder belongs to another
+            configuration.
     """
     batch_size = config.distill.batch_size * processes.count()
     config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, batch_size=batch_size))
@@ -194,20 +182,11 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
         distill(student, solver, buffer, config.distill, run, config.seed, images)
     processes.copy_from_main(student)
     stopwatch.lap("distillation")
-    student, gain = freeze(student), 0.0
-    if config.gain_images and (reason := _without_gain(teacher)):
-        print(f"No gain: {reason}.")
-    elif config.gain_images:
-        noise = held_out_noise(config.seed, config.gain_images)
-        goal = _teacher_images(config.teacher, drawn, config.gain_images, noise, config.batch_size)
-        matched = match_noise(student, teacher.denoiser, solver, goal, noise, config.runtime, config.batch_size)
-        student, gain = matched.student, matched.gain
-        write_json(config.output / "gain.json", matched.record())
-    stopwatch.lap("gain")
+    student = freeze(student)
     if processes.is_main():
         student.save_pretrained(config.output)
     write_json(config.output / "scheduler" / "scheduler_config.json", teacher.schedule.scaled(solver.eps_scale))
-    return Made(config, teacher, frozen_ptq, student, gain, stopwatch.seconds, run)
+    return Made(config, teacher, frozen_ptq, student, stopwatch.seconds, run)
 
 
 def _refuse_unsupported(config: RunConfig, teacher: Model, solver: Solver, teacher_solver: Solver) -> None:
@@ -221,15 +200,6 @@ def _refuse_unsupported(config: RunConfig, teacher: Model, solver: Solver, teach
     fine = teacher_solver.timesteps[:: config.teacher_steps]
     if not torch.equal(fine, solver.timesteps):
         raise InputError(f"teacher_steps {config.teacher_steps}: the student's timesteps are not the teacher's")
-
-
-def _without_gain(teacher: Model) -> str:
-    """Why the student of this teacher can have no gain; nothing if it can."""
-    if teacher.schedule.prediction_type != "epsilon":
-        return f"it is a factor on ε, and {teacher.name} answers {teacher.schedule.prediction_type}"
-    if hasattr(teacher.denoiser.up_blocks[-1], "skip_conv"):
-        return f"in {teacher.name} an image is added to what the last convolution makes"
-    return ""
 
 
 def _training_images(config: RunConfig, teacher: Model) -> torch.Tensor:
@@ -248,13 +218,6 @@ def _trajectories(teacher: str, sampler: tuple, count: int, seed: int, batch_siz
     with progress("teacher's trajectories", count) as advance:
         solver = model.solver(SamplerConfig(*sampler))
         return make_trajectories(model.denoiser, solver, count, seed, batch_size, device(), advance)
-
-
-@lru_cache(maxsize=3)
-def _teacher_images(teacher: str, sampler: tuple, count: int, seed: int, batch_size: int) -> torch.Tensor:
-    model = load_model(teacher)
-    with progress("teacher's images", count) as advance:
-        return sample(model.denoiser, model.solver(SamplerConfig(*sampler)), count, seed, batch_size, device(), advance)
 
 
 def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict[int, torch.Tensor]:
@@ -340,8 +303,6 @@ LEARNING = 4.5
 CALIBRATION = 13
 # An evaluation of the student: simulated, and on integers (`efficientdm bench`).
 SIMULATED, INTEGER = 1.5, {"avx512vnni": 0.3, "avxvnni": 0.3, "avx2": 0.4, "portable": 5}
-# Gains that are tried, of the eleven that there are.
-GAINS_TRIED = 5
 
 
 def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
@@ -356,13 +317,12 @@ def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
     updates = options.num_updates - done
     evaluations = updates * options.batch_size * (options.rollout_steps if rollout else 1)
     student = SIMULATED if config.runtime == "simulated" else INTEGER.get(choose().isa, 1)
-    scored, matched = config.num_images * steps, config.gain_images
+    scored = config.num_images * steps
     unit = _seconds_per_evaluation(teacher, solver, config.batch_size)
     stages = (  # and their costs, in evaluations of the teacher on one sample
         (f"{config.num_trajectories} trajectories of {teacher_steps} steps", config.num_trajectories * teacher_steps),
         ("calibration", config.calibration_trajectories * steps * CALIBRATION),
         (f"{updates} updates of {options.batch_size}" + " rollouts" * rollout, evaluations * LEARNING),
-        (f"gain on {matched} images", matched * teacher_steps + matched * steps * student * GAINS_TRIED),
         (f"scores of 3 models on {config.num_images} images", scored * (1 + 2 * student)),
     )
     for what, cost in stages:
@@ -422,8 +382,7 @@ def _facts(config: RunConfig, made: Made, distillation: float) -> list[str]:
         f"time embedding {bits.edge_bits} bits, their inputs {bits.edge_act_bits}. Activation ranges were set {ranges} "
         f"on {config.calibration_trajectories} trajectories ({seconds['calibration']:.0f} s): that is the row “ptq”.",
         f"The student learned for {options.num_updates} updates of {options.batch_size} by {what} "
-        f"({distillation:.0f} s): {learned}, step sizes and zero points."
-        + (f" Its ε was then scaled by {1 + made.gain:.3f} ({seconds['gain']:.0f} s)." if made.gain else ""),
+        f"({distillation:.0f} s): {learned}, step sizes and zero points.",
     ]
 
 

@@ -10,7 +10,7 @@ from ddpm_mnist.processes import share_out
 from ddpm_mnist.sampler import SEED_LIMIT, Denoiser, Solver, batches, choose_labels, denoise
 
 # Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31; from there on each buffer has a
-# range of its own. What learns from the buffer is tested on the last noises of its range.
+# range of its own.
 NOISES = 1 << 18
 MAX_SEED = (1 << 13) - 1
 
@@ -37,11 +37,6 @@ class Trajectories:
 def first_noise(seed: int) -> int:
     """The seed of the first noise of the buffer of that seed."""
     return SEED_LIMIT + seed * NOISES
-
-
-def held_out_noise(seed: int, count: int) -> int:
-    """The seed of the first of the last `count` noises in that buffer's range."""
-    return first_noise(seed + 1) - count
 
 
 def make_trajectories(

@@ -144,27 +144,6 @@ class QuantizedUNet(nn.Module):
             for layer in layers:
                 layer.shared_weight = None
 
-    @torch.no_grad()
-    def scale_output(self, factor: float) -> None:
-        """Multiply ε by `factor` for good: the last convolution's step sizes and bias take it, its codes stay.
-
-        They are rounded to half precision again, so that the factor is met to some 5e-4.
-
-        Raises:
-            ValueError: the model is not frozen, the factor is no positive number, or the network (with Skip blocks)
-                adds an image to what its last convolution makes.
-        """
-        last = self.unet.conv_out
-        if not 0 < factor < float("inf"):
-            raise ValueError(f"the factor must be a positive number, not {factor}")
-        if hasattr(self.unet.up_blocks[-1], "skip_conv"):
-            raise ValueError("Skip blocks add an image to what the last convolution makes: it alone cannot be scaled")
-        if last.codes is None:
-            raise ValueError("only a frozen model can be scaled: call quant.freeze first")
-        for parameter in (last.weight_quantizer.scale, last.bias):
-            parameter *= factor
-        _round_to_half(last)
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into `folder`, weights in their real bits.
 

@@ -15,8 +15,9 @@ class QuantLayer(nn.Module):
     """y = Q(x; s_x) · Q(W0 + B·A; s_w) + bias.
 
     The adapters are merged first and the sum is quantized, so that one low-bit weight is all that is kept in the
-    end. B starts at zero: a new layer computes what plain quantization of W0 computes. W0 and the bias are frozen;
-    a layer without a bias gets one of zeros, for calibration corrects the mean of the output through it.
+    end. B starts at zero: a new layer computes what plain quantization of W0 computes. W0 is frozen, and so
+    is the bias until a training asks for it; a layer without one gets zeros, for calibration corrects the mean of the
+    output through it.
 
     `freeze` ends the learning: codes take the place of W0 and the adapters.
 

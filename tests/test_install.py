@@ -35,7 +35,7 @@ for words in json.loads(sys.argv[1]):
 # A student that is made in seconds; what else there is comes from the packaged configuration.
 TINY = {
     "num_trajectories": 4, "calibration_trajectories": 2, "distill.num_updates": 1, "distill.batch_size": 2,
-    "gain_images": 0, "num_images": 12, "sampler.num_steps": 2, "student.rank": 1, "output": "run",
+    "num_images": 12, "sampler.num_steps": 2, "student.rank": 1, "output": "run",
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_the_whole_of_it_for_another_model(options, scheduler, shape, tmp_path, 
     teacher, student = make_folder(tmp_path / "teacher", scheduler, **options), tmp_path / "student"
     small = {
         "num_trajectories": 8, "calibration_trajectories": 4, "distill.num_updates": 2, "distill.batch_size": 3,
-        "gain_images": 4, "num_images": 12, "sampler.num_steps": 4, "student.rank": 2, "student.weight_bits": 8,
+        "num_images": 12, "sampler.num_steps": 4, "student.rank": 2, "student.weight_bits": 8,
         "student.act_bits": 8,
     }  # fmt: skip
     words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
@@ -246,8 +246,6 @@ def test_a_student_keeps_its_teachers_scheduler(tmp_path):
         "--calibration_trajectories",
         "4",
         "--distill.num_updates",
-        "0",
-        "--gain_images",
         "0",
     ]
     words += ["--num_images", "12", "--sampler.num_steps", "3", "--teacher", str(folder)]

@@ -51,6 +51,7 @@ def test_as_published_learning_rates_fall_linearly_from_the_authors_values(
         rates = [seen["groups"][f"{name}.{kind}"] for kind in ("lora", "weight_scale", "act_scale", "act_zero_point")]
         expected = [3 * layer.weight_quantizer.scale.mean().item() / 2500, 3e-6, 1.5e-3, 1.5e-3]
         assert rates == pytest.approx(expected)
+    assert not any(name.endswith(("bias", "norms")) for name in seen["groups"])
     assert seen["factors"] == [1, 0.75, 0.5, 0.25]
     assert seen["clip"] == float("inf")
     who, step = draw_batch(DistillConfig("per-step-in-order", batch_size=5), buffer, 0, 1)

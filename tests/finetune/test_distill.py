@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from ddpm_mnist.runs import RunState
 from ddpm_mnist.sampler import SamplerConfig, Solver
@@ -105,12 +106,16 @@ def test_the_first_update_moves_b_by_its_layers_learning_rate(student, solver, b
         assert layer.lora_b.abs().max().item() == pytest.approx(rates[f"{name}.lora"], rel=1e-2)
 
 
-@pytest.mark.parametrize("objective", ["per-step", "rollout"])
-def test_what_is_learned_changes_and_nothing_else_does(student, solver, buffer, tmp_path, objective):
+@pytest.mark.parametrize(("objective", "lr_affine"), [("per-step", 1e-3), ("rollout", 1e-3), ("rollout", 0)])
+def test_what_is_learned_changes_and_nothing_else_does(student, solver, buffer, tmp_path, objective, lr_affine):
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    config = DistillConfig(objective, num_updates=10, batch_size=24, rollout_steps=3, warmup_updates=1)
+    config = DistillConfig(
+        objective, num_updates=10, batch_size=24, rollout_steps=3, lr_affine=lr_affine, warmup_updates=1
+    )
     distill(student, solver, buffer, config, RunState(tmp_path, {}), seed=0)
+    norms = [f"{name}." for name, module in student.named_modules() if isinstance(module, nn.GroupNorm)]
     learned = (
+        *(("bias", *(f"{norm}weight" for norm in norms)) if lr_affine else ()),
         "lora_a",
         "lora_b",
         "weight_quantizer.scale",
@@ -167,8 +172,11 @@ def test_a_step_size_stays_positive(student, solver, buffer, tmp_path):
 
 def test_a_learning_rate_of_zero_freezes(student):
     groups = parameter_groups(student, DistillConfig(lr_act_scales=0, lr_zero_points=0))
-    assert {group["name"].rsplit(".", 1)[-1] for group in groups} == {"lora", "weight_scale"}
+    assert {group["name"].rsplit(".", 1)[-1] for group in groups} == {"lora", "bias", "weight_scale", "norms"}
     assert not any(layer.act_quantizer.scale.requires_grad for _, layer in student.layers())
+    groups = parameter_groups(student, DistillConfig(lr_affine=0))
+    assert not {group["name"].rsplit(".", 1)[-1] for group in groups} & {"bias", "norms"}
+    assert not any(layer.bias.requires_grad for _, layer in student.layers())
 
 
 def test_the_schedule_rises_and_falls_along_a_cosine():

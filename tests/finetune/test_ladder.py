@@ -24,7 +24,6 @@ base:
   num_trajectories: 6
   calibration_trajectories: 4
   num_images: 12
-  gain_images: 8
   grid_columns: 4
   distill: {{num_updates: 2, batch_size: 3, rollout_steps: 2, log_every: 1}}
 """

@@ -25,7 +25,6 @@ student: {{weight_bits: 3, act_bits: 5, rank: 2}}
 num_trajectories: 6
 calibration_trajectories: 4
 num_images: 10
-gain_images: 12
 grid_columns: 4
 distill: {{num_updates: 3, batch_size: 4, rollout_steps: 2, log_every: 1}}
 """
@@ -42,7 +41,6 @@ def test_the_main_job_leaves_a_whole_run_folder(config_path, tmp_path, capsys):
     for name in (
         "model.safetensors",
         "config.json",
-        "gain.json",
         "scheduler/scheduler_config.json",
         "log.jsonl",
         "state/latest.pt",
@@ -86,7 +84,6 @@ def test_the_main_job_leaves_a_whole_run_folder(config_path, tmp_path, capsys):
     for line in (
         "6 trajectories of 3 steps ",
         "3 updates of 4 rollouts ",
-        "gain on 12 images ",
         "scores of 3 models on 10 images ",
     ):
         assert f"\n{line}" in f"\n{out}"
@@ -109,7 +106,7 @@ def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
 
 
 def test_without_updates_the_student_is_the_calibrated_one(config_path, tmp_path):
-    arguments = ["--config", str(config_path), "--distill.num_updates", "0", "--gain_images", "0"]
+    arguments = ["--config", str(config_path), "--distill.num_updates", "0"]
     run_command("prog", run, RunConfig, arguments)
     # The second time from the state of the first: how it is shown is no part of a run.
     run_command("prog", run, RunConfig, [*arguments, "--tracker", "tensorboard"])
@@ -158,6 +155,8 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
                 "0",
                 "--distill.lr_zero_points",
                 "0",
+                "--distill.lr_affine",
+                "0",
             ],
             "must not all be 0",
         ),
@@ -179,9 +178,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
         (["--student.search", "magic"], 'search must be "error" or "min-max", not "magic"'),
         (["--distill.num_updates", "-1"], "num_updates must not be negative, not -1"),
         (["--teacher", "nobody"], 'no model "nobody"'),
-        (["--gain_images", "-1"], "gain_images must not be negative, not -1"),
-        (["--num_trajectories", "262144"], "num_trajectories must be at most 2^18 - gain_images, 261632, not"),
-        (["--recipe", "published"], "the published recipe has no gain: gain_images must be 0"),
+        (["--num_trajectories", "262145"], "num_trajectories must be at most 2^18, 262144, not"),
     ],
 )
 def test_wrong_input_gets_one_line_before_anything_starts(arguments, message, tmp_path, capsys):
@@ -258,7 +255,7 @@ def test_a_run_that_is_interrupted_says_so_and_goes_on(config_path, tmp_path, mo
             "finetune.pipeline.calibrate",
             "finetune.distill.keep_step_sizes_positive",
             "ddpm_mnist.runs.torch.save",
-            "finetune.gain.sample",
+            "finetune.pipeline.draw",
             "finetune.pipeline.score_images",
             "finetune.pipeline.write_report",
         ):
@@ -286,23 +283,6 @@ def test_a_factor_on_eps_travels_with_the_student(config_path, tmp_path):
         config = json.loads((weights.parent / "scheduler" / "scheduler_config.json").read_text())
         assert read_schedule(config).eps_scale == 1.06
     assert load_model(str(tmp_path / "packed")).schedule.fields == student.schedule.fields
-
-
-def test_the_gain_is_in_the_student_that_is_saved(config_path, tmp_path, monkeypatch):
-    ratios = iter([1.0, 1.1, 1.05, 0.95])  # the teacher, and gains of 0, 0.01, 0.02
-    monkeypatch.setattr("finetune.gain.noise_left", lambda *_: next(ratios))
-    arguments = ["--config", str(config_path)]
-    run_command("prog", run, RunConfig, arguments)
-    run_command("prog", run, RunConfig, [*arguments, "--gain_images", "0", "--output", str(tmp_path / "without")])
-    assert json.loads((tmp_path / "run" / "gain.json").read_text())["gain"] == pytest.approx(0.015)
-    assert not (tmp_path / "without" / "gain.json").exists()
-    ours, theirs = (load_model(str(tmp_path / name)).denoiser.state_dict() for name in ("run", "without"))
-    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
-    assert changed == {"unet.conv_out.weight_quantizer.scale", "unet.conv_out.bias"}
-    for name in changed:
-        torch.testing.assert_close(ours[name], 1.015 * theirs[name], rtol=1e-3, atol=1e-4)
-    assert "scaled by 1.015" in (tmp_path / "run" / "report.html").read_text()
-    assert "scaled by" not in (tmp_path / "without" / "report.html").read_text()
 
 
 def test_a_student_is_no_teacher(student, tmp_path):
