@@ -1,6 +1,6 @@
 """The jobs of test_processes.py, each by one process and by two, all forked from one that has imported everything.
 
-`python several_processes.py FOLDER` makes FOLDER/<job>/<number of processes>/ and, in FOLDER/codes.json, every exit code.
+`python -P several_processes.py FOLDER` makes FOLDER/<job>/<number of processes>/, and FOLDER/codes.json of exit codes.
 """
 
 import dataclasses
@@ -65,9 +65,10 @@ def share(folder: Path) -> None:
 
 
 def teach(folder: Path) -> None:
-    batch = BATCH // processes.count()
-    options = {"data": str(ROOT / "images.npy"), "unet": TINY, "total_updates": 4, "batch_size": batch, "log_every": 1}
-    train_teacher(TeacherConfig(folder / "run", **options, warmup_updates=1))
+    words = ["--batch_size", str(BATCH // processes.count()), "--output", str(folder / "run"), "--total_updates", "4"]
+    words += ["--data", str(ROOT / "images.npy"), "--warmup_updates", "1", "--log_every", "1"]
+    words += [f"--unet.{name}={list(x) if isinstance(x, tuple) else x}" for name, x in vars(TINY).items()]
+    run_command("prog", train_teacher, TeacherConfig, words)
 
 
 def distill(folder: Path, *words: str) -> None:
@@ -91,6 +92,10 @@ def die(folder: Path) -> None:
 
     RunState.log = log_or_die
     distill(folder)
+
+
+def go_on(folder: Path) -> None:
+    distill(ROOT / "die")
 
 
 def climb(folder: Path) -> None:
@@ -146,9 +151,8 @@ def main() -> None:
     for job in (share, teach, distill, denoise, climb):
         for number in (1, 2):
             codes[f"{job.__name__} {number}"] = fork(number, job, ROOT / job.__name__ / str(number))
-    codes["die"] = fork(2, die, ROOT / "die")
-    codes["after death"] = fork(2, distill, ROOT / "die")
-    codes["refuse"] = fork(2, refuse, ROOT / "refuse")
+    for job in (die, go_on, refuse):
+        codes[job.__name__] = fork(2, job, ROOT / job.__name__)
     (ROOT / "codes.json").write_text(json.dumps(codes))
 
 
