@@ -1,7 +1,7 @@
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup run test
+.PHONY: setup run test docs
 
 setup: .venv/.installed
 
@@ -20,3 +20,7 @@ test: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/pytest
+
+# The theme tells of its successor in red; that is no warning about these pages.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict

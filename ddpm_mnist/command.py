@@ -1,76 +1,251 @@
 """From the words of a command line to a typed config, or to one line that says what is wrong."""
 
+import argparse
 import dataclasses
+import difflib
 import inspect
+import json
 import os
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jsonargparse
 import yaml
 
 from ddpm_mnist import InputError, processes
+from ddpm_mnist.files import one_line, read_limited
 from ddpm_mnist.runs import write_text
+
+# The YAML files of configs/: in a wheel they are inside this package, in the repository beside it.
+CONFIGS = Path(__file__).parent / "configs"
+if not CONFIGS.is_dir():
+    CONFIGS = Path(__file__).parents[1] / "configs"
 
 # What is wrong for every process the main one says, and its end ends the others before so many seconds are over.
 SECONDS_TO_SPEAK = 5
 
+# What of the installation only some commands need: the extra of pyproject.toml that brings each module.
+EXTRAS = {
+    **dict.fromkeys(("torchvision", "torchmetrics", "matplotlib", "jinja2", "onnxruntime"), "lab"),
+    **dict.fromkeys(("onnx", "onnxscript"), "export"),
+    "gradio": "demo",
+}
 
-def run_command(prog: str, function: Callable[[Any], Any], config_class: type, arguments: list[str]) -> Any:
+# Sections lie but a few deep in each other.
+MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 10
+
+
+def run_command(
+    prog: str, function: Callable[[Any], Any], config_class: type, arguments: list[str], default: str | None = None
+) -> Any:
     """Call `function` with the `config_class` that `arguments` describe.
 
-    Options are the fields of the dataclass, nested ones with dots; `--config` reads them from YAML. Dashes and
-    underscores in their names are the same; a field of type list takes its values one after the other.
+    Options are the fields of the dataclass, nested ones with dots; `--config` reads them from YAML, from a file or by
+    the name of one in `CONFIGS`. Dashes and underscores in their names are the same; a field of type list takes its
+    values one after the other.
 
     Wrong input, on the command line or found later as InputError, prints one line and exits with code 2. Of several
     processes (`ddpm_mnist.processes`) the main one alone prints.
+
+    Args:
+        default: what `--config` is where the arguments have none.
     """
     if not processes.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lasts)
-    # The help of an option is the docstring under its field.
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, description=inspect.getdoc(function), exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file; options that follow override what it says")
-    lists = {field.name for field in dataclasses.fields(config_class) if field.type == list[str]}
-    parser.add_class_arguments(config_class, as_group=False, skip=lists)
-    for field in dataclasses.fields(config_class):
-        if field.name in lists:
-            parser.add_argument(f"--{field.name}", nargs="+", type=str, required=True, help=field.metadata["help"])
+    parser = _make_parser(prog, function, config_class, default)
+    options = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     words = [_underscored(word) for word in arguments]
+    if default and not any(word.partition("=")[0] == "--config" for word in words):
+        words = ["--config", default, *words]
     try:
-        for option, value in zip(words, [*words, ""][1:], strict=True):
-            if option.startswith("--config"):
-                _check_yaml(Path(option.partition("=")[2] or value))
-        parsed = parser.instantiate(parser.parse_args(words))
+        for word in words:
+            option, _, _ = word.partition("=")
+            if option.startswith("--") and option[2:] not in options:
+                raise ValueError(_no_option(option[2:], options))
+        parsed = parser.instantiate(parser.parse_args(_with_config_files(words, config_class, options)))
         del parsed["config"]
         config = config_class(**vars(parsed))
-    except (jsonargparse.ArgumentError, ValueError, TypeError, OSError) as error:
+    except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, OverflowError) as error:
         _fail(prog, str(error), 2)
-    try:
+    with one_line_errors(prog, str(getattr(config, "output", ""))):
         result = function(config)
         processes.leave()
         return result
-    except (InputError, OSError) as error:
+
+
+@contextmanager
+def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
+    """Inside, what the user can do something about ends the program with one line: exit code 2, after Ctrl-C 130.
+
+    Args:
+        output: what a system's error speaks of that names no file.
+    """
+    try:
+        yield
+    except InputError as error:
         _fail(prog, str(error), 2)
+    except OSError as error:
+        _fail(prog, str(error) if error.filename or not output else f"{output}: {error}", 2)
+    except MemoryError as error:
+        _fail(prog, f"there is not enough memory ({str(error) or 'MemoryError'})", 2)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        _fail(prog, f"this needs {missing}, which is not installed: pip install 'efficientdm[{EXTRAS[missing]}]'", 2)
     except processes.ProcessLost as error:
         _fail(prog, str(error), 1)
     except KeyboardInterrupt:
         _fail(prog, "interrupted", 130)
 
 
-def _check_yaml(path: Path) -> None:
-    """ValueError that names the file, where it is there and no YAML or no options: the parser's own does not."""
-    if not path.is_file():
-        return
+def _make_parser(
+    prog: str, function: Callable[[Any], Any], config_class: type, default: str | None
+) -> jsonargparse.ArgumentParser:
+    # The help of an option is the docstring under its field, the title of a group that of its class.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--OPTION VALUE …]",
+        description=(inspect.getdoc(function) or "").partition("\n\nRaises:")[0],
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    usual = f" Default: {default}." if default else ""
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file, or one of {_config_names()}; options that follow override what it says.{usual}",
+    )
+    lists = {field.name for field in dataclasses.fields(config_class) if field.type == list[str]}
+    parser.add_class_arguments(config_class, as_group=False, skip=lists)
+    for field in dataclasses.fields(config_class):
+        if field.name in lists:
+            names = field.default_factory()  # type: ignore[operator]
+            parser.add_argument(
+                f"--{field.name}", nargs="+", type=str, default=names or None, required=not names, **field.metadata
+            )
+    groups = {action.dest.rpartition(".")[0] for action in parser._actions}
+    for action in parser._actions:
+        if action.dest == "help":
+            action.help = "Show this help, and exit."
+        elif action.dest == "print_config":
+            action.help = "Print the configuration as YAML, and exit."
+        elif action.dest in groups:  # a file of its own for each group: a file for all is enough
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """An option with the kind of its value; below it, in words, what it means, and its default."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=6, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.dest == "config":
+            return "FILE"
+        hint = getattr(action, "_typehint", action.type)
+        kinds = {float: "NUMBER", int: "INTEGER", Path: "PATH", str: "TEXT"}
+        return next((kind for of, kind in kinds.items() if of in (hint, *get_args(hint))), "VALUE")
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").replace("None:", "null:")  # as it is typed
+        if action.required:
+            return f"{text} Required."
+        if action.dest in ("help", "config", "print_config"):
+            return text
+        default = list(action.default) if isinstance(action.default, tuple) else action.default
+        return f"{text} Default: {default if isinstance(default, str | Path) else json.dumps(default)}."
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+def _no_option(name: str, options: Collection[str]) -> str:
+    """That `name` is none of `options`, and the nearest that is."""
+    near = [option for option in sorted(options) if option.endswith(f".{name}")]
+    near = near or difflib.get_close_matches(name, options, n=1)
+    return f"no option --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists them")
+
+
+def _config_names() -> str:
+    return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+
+
+def _with_config_files(words: list[str], config_class: type, options: Collection[str]) -> list[str]:
+    """`words` with the file of each --config in the place of its name, checked: the parser's own reader follows
+    aliases, imports what a `class_path` names, and does not say which file it speaks of."""
+    words = list(words)
+    for at, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option == "--config" and (equals or at + 1 < len(words)):
+            value = value if equals else words[at + 1]
+            path = next((path for path in (Path(value), CONFIGS / f"{value}.yaml") if path.is_file()), None)
+            if path is None:
+                raise ValueError(f'no configuration "{value}": neither a file nor one of {_config_names()}')
+            _check_content(path, config_class, read_yaml(path), options)
+            words[at if equals else at + 1] = f"--config={path}" if equals else str(path)
+    return words
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in `path`: sections and plain values, each once; nothing in it names an object of Python.
+
+    Raises:
+        ValueError: it is something else; in one line.
+    """
+    text, depth = read_limited(path, MAX_CONFIG_BYTES), 0
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be parsed: {error}") from error
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if getattr(event, "anchor", None) is not None:
+                raise ValueError("anchors and aliases are not read")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_CONFIG_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_CONFIG_DEPTH} deep")
+        content = yaml.load(text, _OnceLoader)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(one_line(f"{path} cannot be parsed: {error}")) from error
     if not isinstance(content, dict | None):
         raise ValueError(f"{path} must hold options with their values, not a {type(content).__name__}")
+    return content or {}
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses what YAML would read as the last of several."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            raise ValueError("an option is there twice")
+        return mapping
+
+
+def _check_content(
+    path: Path, config_class: type, content: dict[str, Any], options: Collection[str], section: str = ""
+) -> None:
+    """ValueError for what `config_class` has no field for, and for values that would be parsed as YAML again."""
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for key, value in content.items():
+        name = f"{section}{key}"
+        if key not in fields:
+            raise ValueError(one_line(f"{path}: {_no_option(name, options)}"))
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: {name} must hold options with their values")
+            _check_content(path, fields[key], value, options, f"{name}.")
+        elif isinstance(value, str) and fields[key] not in (str, str | None, Path) and set("&*!{") & set(value):
+            raise ValueError(one_line(f"{path}: {name} must be {fields[key]}, not {value!r}"))
 
 
 def _underscored(word: str) -> str:
@@ -84,7 +259,7 @@ def _fail(prog: str, message: str, code: int) -> NoReturn:
     if not processes.is_main():
         time.sleep(SECONDS_TO_SPEAK)
         prog = f"{prog}, process {processes.rank()}"
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{prog}: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 

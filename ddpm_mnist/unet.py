@@ -1,9 +1,11 @@
 """The teacher's network: configuration → diffusers `UNet2DModel`, and its folder on disk."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError
 
 from ddpm_mnist import InputError
 from ddpm_mnist.scheduler import EpsilonScalingScheduler
@@ -13,10 +15,12 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 @dataclass
 class UNetConfig:
+    """The teacher's network."""
+
     block_out_channels: tuple[int, ...] = (16, 32, 64)
     """Channels of each resolution, from the images' own down; the resolution halves from one to the next."""
     layers_per_block: int = 1
-    """Residual blocks per resolution on the way down; one more on the way up."""
+    """Residual blocks per resolution on the way down, at least 1; one more on the way up."""
     norm_num_groups: int = 8
     """Groups of every GroupNorm; divides every entry of `block_out_channels`."""
     attention_head_dim: int = 16
@@ -81,7 +85,17 @@ def make_sampling_scheduler(eps_scale: float = 1.0) -> EpsilonScalingScheduler:
 
 def save_teacher(unet: UNet2DModel, folder: Path, eps_scale: float = 1.0) -> None:
     """Write a folder for `DDPMPipeline.from_pretrained`: model_index.json, unet/ and scheduler/."""
-    DDPMPipeline(unet=unet, scheduler=make_sampling_scheduler(eps_scale)).save_pretrained(folder)
+    pipeline = DDPMPipeline(unet=unet, scheduler=make_sampling_scheduler(eps_scale))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:  # a file is whole or not there
+        try:
+            pipeline.save_pretrained(beside)
+        except SafetensorError as error:  # of a full disk, for one
+            raise InputError(f"cannot write {folder}: {error}") from error
+        for path in Path(beside).rglob("*.*"):
+            target = folder / path.relative_to(beside)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
 
 
 def load_teacher(folder: Path = PRETRAINED) -> UNet2DModel:

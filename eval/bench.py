@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import prepare_output, progress, write_json, write_text
+from ddpm_mnist.runs import prepare_output, progress, write_bytes, write_json, write_text
 from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
 from eval.memory import peak_memory
 from eval.models import load_model
+from eval.plots import speed_chart, to_png
 from eval.runtimes import Runtimes, onnx_runtimes, torch_runtimes
 from quant import QuantConv2d, QuantizedUNet, to_integer
 from quant.integer.core import VARIABLE, available, choose
@@ -42,18 +43,18 @@ class BenchConfig:
     teacher: str = "teacher"
     """The full-precision model: a released name, or a folder of diffusers."""
     batch_sizes: tuple[int, ...] = (1, 16, 64, 256)
-    """Images per denoising step."""
+    """Images per denoising step, each at least 1."""
     rounds: int = 15
-    """Interleaved rounds: in each, every runtime takes one step; the table shows medians."""
+    """Interleaved rounds, at least 1: in each, every runtime takes one step; the table shows medians."""
     isa: str = "best"
     """Instruction sets of the integer student: "best", as EFFICIENTDM_ISA or the processor chooses; "all" that the
     processor has, side by side; or one by its name."""
     threads: int = 0
-    """Threads of every runtime; 0: as many as PyTorch takes."""
+    """Threads of every runtime, at least 0: as many as PyTorch takes."""
     num_steps: int = 20
-    """Denoising steps per image, for images_per_second."""
+    """Denoising steps per image, at least 1, for images_per_second."""
     output: Path = Path("bench.json")
-    """JSON; the table as Markdown is written beside it."""
+    """JSON; the table as Markdown and the chart as PNG are written beside it."""
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -139,6 +140,7 @@ def benchmark(config: BenchConfig) -> list[Row]:
     write_json(config.output, content)
     text = _markdown(rows, content)
     write_text(config.output.with_suffix(".md"), text)
+    write_bytes(config.output.with_suffix(".png"), to_png(speed_chart(content)))
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
     return rows
 

@@ -34,11 +34,11 @@ class ExactnessConfig:
     student: str = "w4a4"
     """The student: a released name or a run folder."""
     num_images: int = 32
-    """Images whose denoising both follow, from the simulation's states."""
+    """Images whose denoising both follow, from the simulation's states, at least 1."""
     num_steps: int = 20
-    """Denoising steps."""
+    """Denoising steps, at least 1."""
     seed: int = 0
-    """Image i starts from the noise of seed + i."""
+    """Image i starts from the noise of seed + i: 0 to 2^31 - num_images."""
 
     def __post_init__(self) -> None:
         DrawConfig(num_steps=self.num_steps, num_images=self.num_images, seed=self.seed)  # refuses what is outside

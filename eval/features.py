@@ -1,7 +1,7 @@
 """The rulers: the feature networks that scores are computed on, with the statistics of the images they compare with."""
 
 import hashlib
-import json
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_mnist import InputError, processes
 from ddpm_mnist.data import load_images
+from ddpm_mnist.files import one_line, read_json
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Of the ruler's second network, in the folder of the first.
@@ -130,9 +131,19 @@ def extract(network: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[
 def load_features(folder: Path = PRETRAINED, second: bool = False) -> FeatureNetwork:
     """The feature network in `folder` (by default the released one), a `SecondNetwork` if so; in evaluation mode."""
     weights = load_file(folder / "features.safetensors")
-    network = (SecondNetwork if second else FeatureNetwork)(len(weights["classifier.bias"]))
+    kind, bias = SecondNetwork if second else FeatureNetwork, weights["classifier.bias"]
+    with torch.device("meta"):  # takes no memory: only then is the number of classes known to be that of the weights
+        kind(bias.numel()).load_state_dict(weights, assign=True)
+    _refuse_infinite(weights)
+    network = kind(bias.numel())
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
+
+
+def _refuse_infinite(tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds what is no finite number")
 
 
 @cache
@@ -143,7 +154,18 @@ def load_reference(folder: Path = PRETRAINED) -> dict[str, Tensor]:
     products; `count` long (); `kid_features` float16 (10,000, 128), the features of the first 10,000 images, which KID,
     precision and recall compare with. The second network is for FID alone, and has none.
     """
-    return load_file(folder / "reference.safetensors")
+    reference = load_file(folder / "reference.safetensors")
+    _refuse_infinite(reference)
+    width = FeatureNetwork.num_features
+    shapes = {"sum": (width,), "outer_sum": (width, width), "count": ()}
+    for name, shape in shapes.items():
+        if reference[name].shape != shape or reference[name].dtype not in (torch.float64, torch.int64):
+            raise ValueError(f"{name} of its statistics is {reference[name].dtype} {tuple(reference[name].shape)}")
+    if not 2 <= reference["count"].item() <= 1 << 40:
+        raise ValueError(f"its statistics are of {reference['count'].item()} images")
+    if (kid := reference.get("kid_features")) is not None and (kid.dim() != 2 or kid.shape[1] != width or len(kid) < 2):
+        raise ValueError(f"kid_features of its statistics is {tuple(kid.shape)}")
+    return reference
 
 
 @cache
@@ -192,6 +214,7 @@ class Ruler:
         return tuple(images.shape[1:]) == self.shape
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits of images that it measures, as `extract` gives them."""
         return extract(self.network, images, self.batch_size)
 
 
@@ -225,9 +248,12 @@ def load_ruler(features: Path | str | None = None, reference: str | None = None)
         if second.data != ruler.data:
             raise InputError(f"{folder}: the second network is of {second.data}, the first of {ruler.data}")
     try:
-        floor = json.loads((folder / "features.json").read_text()).get("floor")
-        if floor is not None and not isinstance(floor.get("num_images"), int):
+        floor = read_json(folder / "features.json").get("floor")
+        if floor is not None and type(floor.get("num_images")) is not int:
             raise ValueError("its floor is of no number of images")
+        for name, value in (floor or {}).items():
+            if not isinstance(value, int | float | None) or not math.isfinite(value or 0):
+                raise ValueError(f"its floor has no number as {name}")
     except FileNotFoundError:
         floor = None
     except (ValueError, AttributeError) as error:
@@ -239,11 +265,14 @@ def _load_folder(folder: Path, second: bool = False) -> Ruler:
     """The network in `folder` with its statistics; InputError where they do not belong together."""
     try:
         network, statistics, digest = load_features(folder, second), load_reference(folder), features_digest(folder)
+        if not second and "kid_features" not in statistics:
+            raise ValueError("its statistics have no kid_features")
         with safe_open(folder / "reference.safetensors", "pt") as file:
             metadata = file.metadata() or {}
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f'{folder} holds no ruler; "efficientdm features" makes one ({reason})') from error
+    except Exception as error:  # whatever safetensors and torch have to say of a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise InputError(one_line(f'{folder} holds no ruler; "efficientdm features" makes one ({reason})')) from error
     if metadata.get("features") != digest:
-        raise InputError(f"{folder}: the statistics are of the network {metadata.get('features')}, not of {digest}")
+        theirs = one_line(str(metadata.get("features")))
+        raise InputError(f"{folder}: the statistics are of the network {theirs}, not of {digest}")
     return Ruler(network, statistics, digest, metadata.get("data", "mnist"), network.shape)

@@ -25,7 +25,7 @@ from eval.train_features import classifier_accuracy, load_sets
 @dataclass
 class FidConfig(DrawConfig):
     num_images: int = 10_000
-    """Images to score; compare only scores of equal counts."""
+    """Images to score, at least 2; compare only scores of equal counts."""
     teacher: str = "teacher"
     """The model, of images of the same shape, that `mse_to_teacher` and `fid_to_teacher` compare with."""
     features: str | None = None

@@ -1,12 +1,12 @@
 """A labelled row of images per model, from the same noise in each column."""
 
-import json
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.files import one_line, read_json
 from ddpm_mnist.runs import prepare_output, write_bytes
 from ddpm_mnist.sampler import SamplerConfig
 from eval.features import load_ruler
@@ -20,14 +20,14 @@ from eval.sample import DrawConfig, draw
 class GridConfig(SamplerConfig):
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "released names, run folders or folders of diffusers, a row each"},
+        metadata={"help": "Released names, run folders or folders of diffusers, a row each."},
     )
     columns: int = 12
-    """Images per row."""
+    """Images per row, at least 1."""
     seed: int = 0
-    """Column i starts from the noise of seed + i."""
+    """Column i starts from the noise of seed + i: 0 to 2^31 - the number of images."""
     num_images: int = 0
-    """Images to measure each row's FID on; 0: show the FID that the model's folder records, if it does."""
+    """Images to measure each row's FID on, at least 2; 0: show the FID that the model's folder records, if it does."""
     features: str | None = None
     """The ruler of that FID: a folder of `efficientdm features`. None: the released one, of MNIST."""
     runtime: str = "integer"
@@ -61,14 +61,16 @@ def recorded_fid(model: Model, drawing: DrawConfig) -> str:
     if not path.is_file():
         return ""
     try:
-        scores = json.loads(path.read_text())
+        scores = read_json(path)
         score = scores[-1] if isinstance(scores, list) else scores
         of_classes = score.get("labels", []), score.get("guidance_scale", 1.0)  # not there for a model without
         recorded = score["solver"], score["num_steps"], score.get("eps_scale", 1.0), score["eta"], *of_classes
         same_digit = score.get("same_digit")  # not there where nothing but FID was measured
+        if not all(isinstance(x, int | float | None) for x in (score["fid"], same_digit, score["num_images"])):
+            raise ValueError("a score is no number")
         label = "" if score["fid"] is None else fid_label(score["fid"], score["num_images"], same_digit)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{path} holds no scores: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(one_line(f"{path} holds no scores: {error}")) from error
     eps_scale = model.schedule.eps_scale if drawing.eps_scale is None else drawing.eps_scale
     of_classes = list(drawing.labels), drawing.guidance_scale
     now = drawing.solver, drawing.num_steps, eps_scale, drawing.eta, *of_classes

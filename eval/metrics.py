@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -123,6 +123,7 @@ class Sums:
 
     @classmethod
     def of(cls, features: Tensor) -> "Sums":
+        """Those of `features` (N, D)."""
         features = features.double()
         return cls(features.sum(0), features.T @ features, torch.tensor(len(features)))
 
@@ -132,6 +133,7 @@ class Sums:
         return cls(reference["sum"], reference["outer_sum"], reference["count"])
 
     def without(self, part: "Sums") -> "Sums":
+        """Those of the images that are not in `part`."""
         return Sums(self.sum - part.sum, self.outer_sum - part.outer_sum, self.count - part.count)
 
 
@@ -374,6 +376,23 @@ class Score:
     labelled by the ruler's. None: not asked for."""
     classifier_accuracy_of_real: float | None = None
     """That of the same classifier after as many real images with their own labels."""
+
+
+def check_score(score: dict[str, Any]) -> None:
+    """ValueError or KeyError unless `score`, which was read from a file, has the fields of `Score` and their types."""
+    for field in fields(Score):
+        value: Any = score.get(field.name, field.default)
+        if value is MISSING:
+            raise ValueError(f"it has no {field.name}")
+        many, kinds = field.name.endswith("_interval") or field.name == "labels", str(field.type)
+        words = "str" in kinds
+        for part in (value or []) if many and isinstance(value, list | None) else (value,):
+            number = isinstance(part, int | float) and not isinstance(part, bool) and math.isfinite(part)
+            absent = part is None and "None" in kinds and not many
+            if not (absent or (isinstance(part, str) if words else number)):
+                raise ValueError(f"its {field.name} is {value!r}")
+        if field.name.endswith("_interval") and value is not None and len(value) != 2:
+            raise ValueError(f"its {field.name} is {value!r}")
 
 
 # What images score by themselves, and what they score beside the teacher's.

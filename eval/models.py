@@ -1,7 +1,6 @@
 """A model argument → a denoiser, with the schedule that it was trained for."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +12,16 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 
 from ddpm_mnist import InputError, processes
+from ddpm_mnist.files import one_line, read_json
 from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
 from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
 from ddpm_mnist.unet import PRETRAINED
 from eval.table import bits_label
 from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.integer.core import choose
-from quant.structure import check_config
+from quant.structure import check_config, try_out
 
 STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
 RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDENTS}}
@@ -146,11 +145,12 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
         else:
             check_config(config.get("_class_name"), config)
             denoiser = _load_unet(place).requires_grad_(False).to(device())
+            try_out(denoiser)
             model = Model(argument, denoiser, schedule, folder=folder)
         _check_network(model)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
+    except Exception as error:  # whatever diffusers, safetensors or torch have to say of a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(one_line(f'model "{argument}" cannot be loaded from {place}: {reason}')) from error
     if own_schedule is None:
         print(f"{place} has no scheduler: DDPM's 1000 linear steps and ε are taken for granted")
     return model
@@ -179,10 +179,7 @@ def _from_hub(name: str) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError if there is none."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path.name} is no JSON object")
     return config

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from einops import rearrange
 from matplotlib.axis import Axis
@@ -33,7 +34,7 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:
     return figure
 
 
-def loss_curve(updates: Sequence[int], losses: Sequence[float]) -> Figure:
+def loss_curve(updates: Sequence[float], losses: Sequence[float]) -> Figure:
     """Distillation loss over updates."""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axis = figure.subplots()
@@ -121,6 +122,35 @@ def cost_chart(rows: Sequence[Row]) -> Figure:
     axis.legend()
     _plain_ticks(axis.xaxis)
     _plain_ticks(axis.yaxis)
+    return figure
+
+
+def speed_chart(bench: Mapping[str, Any]) -> Figure:
+    """Images per second of every runtime at the largest batch size, the fastest on top; in colour: on integers.
+
+    Args:
+        bench: what `efficientdm bench` writes as JSON.
+    """
+    machine, largest = bench["machine"], max(row["batch_size"] for row in bench["rows"])
+    rows = [row for row in bench["rows"] if row["batch_size"] == largest]
+    rows.sort(key=lambda row: row["images_per_second"])
+    figure = Figure(figsize=(7, 1 + 0.26 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    bars = axis.barh(
+        [f"{row['model']}, {row['runtime']}" for row in rows],
+        [row["images_per_second"] for row in rows],
+        color=["C0" if row["runtime"].startswith("integer") else "0.65" for row in rows],
+    )
+    axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axis.set_xlabel(f"images per second, {largest} at a time")
+    axis.set_title(
+        f"{bench['student']} student and its teacher: {machine['processor']}, {machine['threads']} threads, "
+        f"integers on {machine['isa']}",
+        fontsize=8,
+    )
+    axis.tick_params(axis="y", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.1, y=0.02)
     return figure
 
 

@@ -1,16 +1,25 @@
 """Draw images with a model, into an array or a picture."""
 
+import glob
+import hashlib
 import io
+import json
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
-from torchvision.utils import save_image
 
+from ddpm_mnist.noise import STREAM
+from ddpm_mnist.processes import count, from_main
 from ddpm_mnist.runs import prepare_output, progress, write_bytes
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample, to_float
+from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, check_runtime, load_model
 from quant import IntegerUNet
 
@@ -20,11 +29,11 @@ class DrawConfig(SamplerConfig):
     model: str = "teacher"
     """A released name, a run folder, or a folder of diffusers."""
     num_images: int = 64
-    """Images to draw."""
+    """Images to draw, at least 1."""
     seed: int = 0
-    """Image i starts from the noise of seed + i."""
+    """Image i starts from the noise of seed + i: 0 to 2^31 - num_images."""
     batch_size: int = 64
-    """Images that are denoised at once. It decides the speed, not the images, but for the last bits of floats."""
+    """Images that are denoised at once, at least 1. It decides the speed, not the images, but for floats' last bits."""
     runtime: str = "integer"
     """How a student runs: "integer", or "simulated" in float."""
 
@@ -49,10 +58,23 @@ class SampleConfig(DrawConfig):
             raise ValueError(f"output must end in .npy or .png, not {self.output}")
 
 
+def origin_of(model: Model, config: DrawConfig) -> dict[str, Any]:
+    """What decides the model's images: what is kept of others is not mixed with new ones."""
+    names = ("num_images", "num_steps", "seed", "solver", "eta", "labels", "guidance_scale", "runtime")
+    drawn = {name: getattr(config, name) for name in names}
+    drawn |= {"labels": list(config.labels), "runtime": model.runtime, "eps_scale": model.solver(config).eps_scale}
+    return {**drawn, "weights": model.weights_digest(), "scheduler": model.schedule.fields, "noise": STREAM}
+
+
+def stored_shape(model: Model) -> tuple[int, ...]:
+    """Of one of its images: (H, W), or (H, W, C) of more channels than one."""
+    channels, height, width = model.shape
+    return (height, width) if channels == 1 else (height, width, channels)
+
+
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     """The model's images uint8 (num_images, H, W) or (…, C) as `config` says, and the seconds that they took."""
-    if isinstance(model.denoiser, IntegerUNet):
-        print(f"{model.name} runs on integers: {model.denoiser.core.isa}")
+    _tell_core(model)
     solver = model.solver(config)
     start, device = time.monotonic(), model.denoiser.device
     with progress(f"sampling {model.name}", config.num_images) as advance:
@@ -60,20 +82,93 @@ def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     return images, time.monotonic() - start
 
 
+def _tell_core(model: Model) -> None:
+    if isinstance(model.denoiser, IntegerUNet):
+        print(f"{model.name} runs on integers: {model.denoiser.core.isa}")
+
+
 def write_samples(config: SampleConfig) -> Path:
-    """Draw images with a model, as an array (.npy) or a picture (.png)."""
+    """Draw images with a model, as an array (.npy) or a picture (.png).
+
+    An array is written as it is drawn, in the same memory for any number of images. Where that was interrupted, the
+    same command goes on.
+    """
     model = load_model(config.model, config.runtime)
     model.solver(config)  # refuses what does not fit
     if config.output.suffix == ".png":
         model.check_pictures()
     prepare_output(config.output)
-    images, _ = draw(model, config)
-    content = io.BytesIO()
     if config.output.suffix == ".npy":
-        np.save(content, images.numpy())
+        write_array(model, config, config.output)
     else:
-        columns = max(1, round(config.num_images**0.5))
-        save_image((to_float(images) + 1) / 2, content, nrow=columns, format="png")
-    write_bytes(config.output, content.getvalue())
-    print(f"{len(images)} images of {config.model} in {config.output}")
+        images, _ = draw(model, config)
+        write_bytes(config.output, picture(images, columns=max(1, round(config.num_images**0.5))))
+    print(f"{config.num_images} images of {config.model} in {config.output}")
     return config.output
+
+
+def write_array(model: Model, config: DrawConfig, path: Path) -> None:
+    """Draw the images of `draw` into the .npy file `path`, a batch of each process at a time.
+
+    They go into a file beside it, `.<name>.<digest>.partial`, which takes its name at the end. The digest is of all
+    that decides the images, so that what lies there is gone on with.
+    """
+    _tell_core(model)
+    # The size of a batch is in the last bits of floats.
+    decides = json.dumps({**origin_of(model, config), "batch_size": config.batch_size}, sort_keys=True)
+    digest = hashlib.sha256(decides.encode()).hexdigest()[:12]
+    beside = path.with_name(f".{path.name}.{digest}.partial")
+    solver, device = model.solver(config), model.denoiser.device
+    done = from_main(lambda: _begin_array(beside, config, stored_shape(model)))
+    with progress(f"sampling {model.name}", config.num_images, done) as advance:
+        while done < config.num_images:
+            some = min(config.batch_size * count(), config.num_images - done)
+            images = sample(model.denoiser, solver, some, config.seed + done, config.batch_size, device)
+            from_main(partial(_append, beside, images.numpy().tobytes()))
+            done += some
+            advance(done)
+    from_main(lambda: _end_array(beside, path))
+
+
+def _begin_array(beside: Path, config: DrawConfig, one: tuple[int, ...]) -> int:
+    """Cut the file back to whole batches, or begin it; the number of images that it has."""
+    header = io.BytesIO()
+    described = {"descr": "|u1", "fortran_order": False, "shape": (config.num_images, *one)}
+    np.lib.format.write_array_header_1_0(header, described)
+    begin, size = header.getvalue(), math.prod(one)
+    beside.touch()
+    with beside.open("r+b") as file:
+        done = (beside.stat().st_size - len(begin)) // (size * config.batch_size) * config.batch_size
+        if file.read(len(begin)) != begin or done > config.num_images:
+            done = 0
+        file.seek(0)
+        file.write(begin)
+        file.truncate(len(begin) + done * size)
+    if done:
+        print(f"Going on from image {done} of {config.num_images}.")
+    return done
+
+
+def _append(beside: Path, content: bytes) -> None:
+    with beside.open("ab") as file:
+        file.write(content)
+
+
+def _end_array(beside: Path, path: Path) -> None:
+    beside.replace(path)
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # begun with other settings
+        other.unlink(missing_ok=True)
+
+
+def picture(images: Tensor, columns: int) -> bytes:
+    """Images uint8 (N, H, W) or (N, H, W, 3) in rows of `columns`, two black pixels around each, as a PNG file."""
+    images = images if images.dim() == 4 else images.unsqueeze(-1)
+    count, height, width, channels = images.shape
+    rows = math.ceil(count / columns)
+    cells = images.new_zeros(rows * columns, height + 2, width + 2, channels)
+    cells[:count, 2:, 2:] = images
+    sheet = rearrange(cells, "(rows columns) h w c -> (rows h) (columns w) c", columns=columns).numpy()
+    sheet = np.pad(sheet, ((0, 2), (0, 2), (0, 0)))
+    content = io.BytesIO()
+    Image.fromarray(sheet if channels == 3 else sheet[..., 0]).save(content, "png")
+    return content.getvalue()

@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eval.metrics import Score
+if TYPE_CHECKING:  # else whoever draws an image would import torchmetrics for a label
+    from eval.metrics import Score
 
 # Each score's heading, its field, and its digits after the point.
 SCORES = (
@@ -42,7 +43,7 @@ def number(score: float | None, digits: int, interval: Sequence[float] | None = 
     return f"{score:.{digits}f}{half}"
 
 
-def score_table(scores: Sequence[Score], floor: dict[str, Any] | None) -> tuple[list[str], list[list[str]]]:
+def score_table(scores: Sequence["Score"], floor: dict[str, Any] | None) -> tuple[list[str], list[list[str]]]:
     """A column per model and a row per score: the headings, and the rows with their names first.
 
     The ruler's floor is a column too, where it is of as many images.
@@ -66,13 +67,13 @@ def score_table(scores: Sequence[Score], floor: dict[str, Any] | None) -> tuple[
     return headings, rows
 
 
-def drawn(score: Score) -> str:
+def drawn(score: "Score") -> str:
     """How the images of a score were drawn."""
     factor = "" if score.eps_scale == 1 else f", ε × {score.eps_scale:g}"
     return f"{score.num_images:,} images, {score.solver} in {score.num_steps} steps{factor}, seed {score.seed}"
 
 
-def floor_note(scores: Sequence[Score], floor: dict[str, Any] | None) -> str:
+def floor_note(scores: Sequence["Score"], floor: dict[str, Any] | None) -> str:
     """The floor in a sentence, where it is of another number of images and so is no column; else nothing."""
     if not floor or scores[0].fid is None or floor["num_images"] == scores[0].num_images:
         return ""

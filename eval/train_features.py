@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import track
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -17,7 +16,7 @@ from ddpm_mnist import InputError
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import LABELLED, load_labelled
 from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import prepare_output, write_json
+from ddpm_mnist.runs import lock_folder, prepare_output, progress, write_bytes, write_json
 from eval.features import (
     SECOND_FOLDER,
     FeatureNetwork,
@@ -41,13 +40,14 @@ class FeaturesConfig:
     """Folder for features.safetensors, reference.safetensors, features.json and config.yaml; the second network's are
     in its folder "second"."""
     epochs: int = 8
-    """Passes over the training images."""
+    """Passes over the training images, at least 1."""
     batch_size: int = 128
-    """Images per update."""
+    """Images per update, at least 1."""
     learning_rate: float = 3e-3
-    """Peak of the one-cycle schedule; a third of it for the second network."""
+    """Peak of the one-cycle schedule, above 0; a third of it for the second network."""
     seed: int = 0
-    """Seeds the initial weights, the order of the images and their augmentation; `seed` + 1 for the second network."""
+    """Seeds the initial weights, the order of the images and their augmentation, 0 to 2^32 - 1; `seed` + 1 those of
+    the second network."""
 
     def __post_init__(self) -> None:
         if self.data not in LABELLED:
@@ -55,6 +55,8 @@ class FeaturesConfig:
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must lie in 0…2^32 - 1, not {self.seed}")
 
 
 class Recipe(NamedTuple):
@@ -86,15 +88,17 @@ def fit(
     total = epochs * (len(images) // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total)
     order = torch.cat([torch.randperm(len(images)) for _ in range(epochs)])
-    for step in track(range(total), "feature network"):
-        index = order[step * config.batch_size : (step + 1) * config.batch_size]
-        # One map for groups of 16: one a batch is too few, one an image too slow.
-        batch = torch.cat([recipe.augment(part) for part in images[index].split(16)])
-        loss = F.cross_entropy(network(batch)[1], labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with progress("feature network", total) as advance:
+        for step in range(total):
+            index = order[step * config.batch_size : (step + 1) * config.batch_size]
+            # One map for groups of 16: one a batch is too few, one an image too slow.
+            batch = torch.cat([recipe.augment(part) for part in images[index].split(16)])
+            loss = F.cross_entropy(network(batch)[1], labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            advance(step + 1)
     return network.eval()
 
 
@@ -107,6 +111,7 @@ def train_features(config: FeaturesConfig) -> Path:
     """
     prepare_output(config.output / SECOND_FOLDER / "features.safetensors")
     prepare_output(config.output / "features.json")
+    lock_folder(config.output)
     images, labels = load_labelled(config.data, "train")
     if len(images) < config.batch_size:
         raise InputError(f"batch_size must be at most the {len(images)} training images, not {config.batch_size}")
@@ -127,11 +132,12 @@ def train_network(recipe: Recipe, config: FeaturesConfig, folder: Path, images: 
     reference = reference_statistics(extract(network, images)[0])
     if recipe is SECOND:
         del reference["kid_features"]
-    save_file(network.state_dict(), folder / "features.safetensors")
+    write_bytes(folder / "features.safetensors", save(network.state_dict()))
     for cached in (features_digest, load_features, load_reference, load_ruler):
         cached.cache_clear()
     digest = features_digest(folder)
-    save_file(reference, folder / "reference.safetensors", metadata={"features": digest, "data": config.data})
+    content = save(reference, metadata={"features": digest, "data": config.data})
+    write_bytes(folder / "reference.safetensors", content)
     return Ruler(network, reference, digest, config.data, network.shape)
 
 

@@ -2,7 +2,6 @@
 
 import sys
 
-from ddpm_mnist.command import run_command
-from finetune.pipeline import RunConfig, run
+from finetune.cli import start
 
-run_command("python -m finetune", run, RunConfig, sys.argv[1:])
+start("run", "python -m finetune", sys.argv[1:])

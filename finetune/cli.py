@@ -1,9 +1,13 @@
 """The console script `efficientdm`: one subcommand per job, each a function with a typed config."""
 
+import difflib
 import importlib
+import io
+import os
 import signal
 import sys
-from typing import NamedTuple
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
@@ -13,12 +17,15 @@ class Command(NamedTuple):
     function: str
     config: str
     help: str
+    default: str | None = None
+    """The file of configs/ that is read where no --config is given."""
 
 
 COMMANDS = {
     "run": Command(
         "finetune.pipeline", "run", "RunConfig",
         "The main job: trajectories from noise, calibration, distillation, scores, grid, report",
+        default="quick",
     ),
     "distill": Command(
         "finetune.pipeline", "distill_student", "RunConfig", "Make a student, without scores, grid and report"
@@ -28,6 +35,7 @@ COMMANDS = {
     "fid": Command("eval.fid", "print_fid", "FidConfig", "Score a model: FID, KID, Inception score and more"),
     "grid": Command("eval.grid", "draw_models", "GridConfig", "Draw a row of images per model, from the same noise"),
     "export": Command("eval.export", "export", "ExportConfig", "Write a student in its real bits, or a model as ONNX"),
+    "demo": Command("eval.demo", "serve", "DemoConfig", "A page to play with: digits of every bit-width, step by step"),
     "bench": Command("eval.bench", "benchmark", "BenchConfig", "Time every runtime side by side"),
     "teacher": Command("ddpm_mnist.train", "train_teacher", "TeacherConfig", "Train a teacher on images"),
     "features": Command(
@@ -37,18 +45,24 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """The help of the script itself."""
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     return (
         "usage: efficientdm COMMAND [--config FILE.yaml] [--OPTION VALUE …]\n\n"
         "A laboratory for low-bit diffusion: a full-precision teacher draws digits, a 2- to 8-bit student learns\n"
         f"from it without data, and both are measured.\n\ncommands:\n{rows}\n\n"
-        "`efficientdm COMMAND --help` explains its options, `--print_config` prints them as YAML.\n"
-        "Start here: efficientdm run --config configs/quick.yaml"
+        "`efficientdm COMMAND --help` explains its options, `--print_config` prints them as YAML;\n"
+        "`efficientdm --version` tells the version.\n"
+        "Start here: efficientdm run"
     )
 
 
 def main() -> None:
+    """Run the subcommand that the command line names."""
+    for stream in (sys.stdout, sys.stderr):  # Windows gives a pipe an encoding that has no ε and no ↓
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         if hasattr(signal, "SIGPIPE"):  # a reader that leaves, as `head` does, is no error
@@ -56,13 +70,33 @@ def main() -> None:
         print(usage())
         sys.exit(0 if arguments else 2)
     name = arguments[0]
+    if name == "--version":
+        print(f"efficientdm {version('efficientdm')}")
+        sys.exit(0)
     if name not in COMMANDS:
-        print(f'efficientdm: no command "{name}"; there are {", ".join(COMMANDS)}', file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        proposal = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(COMMANDS)}"
+        print(f'efficientdm: no command "{name}"; {proposal}', file=sys.stderr)
         sys.exit(2)
-    command = COMMANDS[name]
-    # Only now: torch and diffusers take seconds to import.
-    from ddpm_mnist.command import run_command
+    start(name, f"efficientdm {name}", arguments[1:])
 
-    module = importlib.import_module(command.module)
-    config_class = getattr(module, command.config)
-    run_command(f"efficientdm {name}", getattr(module, command.function), config_class, arguments[1:])
+
+def start(name: str, prog: str, arguments: list[str]) -> None:
+    """Run the command of that name with the words `arguments`; messages begin with `prog`."""
+
+    def leave(*_: Any) -> None:
+        os.write(2, f"{prog}: interrupted\n".encode())
+        os._exit(130)
+
+    # Only now: torch and diffusers take seconds to import. An exception in the midst of it they may take for another.
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    command = COMMANDS[name]
+    from ddpm_mnist.command import one_line_errors, run_command
+
+    with one_line_errors(prog):
+        module = importlib.import_module(command.module)
+    signal.signal(signal.SIGINT, handler)
+    function, config_class = getattr(module, command.function), getattr(module, command.config)
+    run_command(prog, function, config_class, arguments, command.default)

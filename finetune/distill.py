@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_mnist import processes
-from ddpm_mnist.runs import RunState, progress, update_generator
+from ddpm_mnist.runs import RunState, progress, restore_optimizer, update_generator
 from ddpm_mnist.sampler import Solver, to_float
 from finetune.trajectories import Trajectories
 from quant import QuantizedUNet
@@ -20,6 +20,8 @@ OBJECTIVES = ("rollout", "per-step", "per-step-in-order", "denoising")
 
 @dataclass
 class DistillConfig:
+    """How the student learns."""
+
     objective: str = "rollout"
     """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7), over
     mixed timesteps; "per-step-in-order": one timestep per update, in the order of the denoising, as published.
@@ -27,32 +29,32 @@ class DistillConfig:
     learn: str = "adapters"
     """"adapters": B·A beside the frozen weights (QALoRA). "weights": all weights, biases and normalisations."""
     num_updates: int = 400
-    """Optimiser updates; 0 leaves the calibrated student as it is."""
+    """Optimiser updates, at least 0, which leaves the calibrated student as it is."""
     batch_size: int = 40
-    """Trajectories ("rollout") or states ("per-step") per update and process: p processes learn as one with p times as
-    many."""
+    """Trajectories ("rollout") or states ("per-step") per update and process, at least 1: p processes learn as one with
+    p times as many."""
     rollout_steps: int = 2
-    """K, the student's steps per rollout, at most the sampler's."""
+    """K, the student's steps per rollout, from 1 to the sampler's number of steps."""
     lr_adapters: float = 3e-2
-    """Learning rate of A and B as a factor of the mean weight step size: see scale_aware."""
+    """Learning rate of A and B as a factor of the mean weight step size, at least 0: see scale_aware."""
     scale_aware: bool = True
     """Take that mean over each layer, for a learning rate of its own (eq. 8), or over the mean of all layers."""
     lr_weights: float = 0.02
-    """Learning rate of the weights as a factor of the same mean, if they are what is learned."""
+    """Learning rate of the weights as a factor of the same mean, at least 0, if they are what is learned."""
     lr_weight_scales: float = 1e-3
-    """Learning rate of the weight step sizes as a factor of the layer's mean one."""
+    """Learning rate of the weight step sizes as a factor of the layer's mean one, at least 0."""
     lr_act_scales: float = 5e-3
-    """Learning rate of the activation step sizes as a factor of the layer's mean one."""
+    """Learning rate of the activation step sizes as a factor of the layer's mean one, at least 0."""
     lr_zero_points: float = 1e-2
-    """Learning rate of the zero points in codes."""
+    """Learning rate of the zero points, in codes, at least 0."""
     warmup_updates: int = 20
-    """Updates over which the learning rates rise; they fall to zero along a cosine from there."""
+    """Updates over which the learning rates rise, at least 0; they fall to zero along a cosine from there."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm, above 0."""
     log_every: int = 10
-    """Updates between two lines of log.jsonl."""
+    """Updates between two lines of log.jsonl, at least 1."""
     save_every: int = 50
-    """Updates between two saved states."""
+    """Updates between two saved states, at least 1."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -238,11 +240,11 @@ def fit(
     """
     optimizer = torch.optim.Adam(groups, lr=0.0, fused=True)
     learned = [parameter for group in groups for parameter in group["params"]]
-    first, seconds_before = 0, 0.0
+    first, seconds_before = run.progress(config.num_updates)
     if (state := run.state) is not None:
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, seconds_before = state["update"], state["seconds"]
+        with run.restoring():
+            student.load_state_dict(state["student"])
+            restore_optimizer(optimizer, state["optimizer"], {"step", "exp_avg", "exp_avg_sq"})
         print(f"Going on from update {first} of {config.num_updates}.")
     start, losses = time.monotonic(), []
 
@@ -273,9 +275,19 @@ def fit(
                 mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
                 run.log(update=done, loss=mean, learning_rate_factor=factor, seconds=seconds)
+                run.tracker.log({"update": done, **mean_step_sizes(student)})
                 advance(done, f"loss {mean:.5f}")
             if done % config.save_every == 0 or last:
                 save(done, seconds)
+
+
+def mean_step_sizes(student: QuantizedUNet) -> dict[str, float]:
+    """The mean step size of each layer's weight, over channels, and of its input, over denoising steps."""
+    means = {}
+    for name, layer in student.layers():
+        means[f"weight_step_size/{name}"] = layer.weight_quantizer.scale.mean().item()
+        means[f"act_step_size/{name}"] = layer.act_quantizer.scale.mean().item()
+    return means
 
 
 @torch.no_grad()

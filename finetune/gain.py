@@ -27,6 +27,7 @@ class Matched(NamedTuple):
     """For each gain that was tried, the noise that is left over that in the teacher's images."""
 
     def record(self) -> dict[str, Any]:
+        """What gain.json says."""
         return {"gain": self.gain, "noise left over the teacher's": self.tried}
 
 

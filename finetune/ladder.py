@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,15 +12,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ddpm_mnist import InputError, processes
-from ddpm_mnist.noise import STREAM
-from ddpm_mnist.runs import RunState, write_bytes, write_json, write_text
+from ddpm_mnist.files import one_line, read_json, read_state
+from ddpm_mnist.runs import RunState, lock_folder, prepare_output, write_bytes, write_json, write_text
 from ddpm_mnist.sampler import to_uint8
 from eval import plots
 from eval.features import Ruler, load_ruler
 from eval.fid import score_images
 from eval.grid import fid_label
+from eval.metrics import check_score
 from eval.models import Model, load_model
-from eval.sample import DrawConfig, draw
+from eval.sample import DrawConfig, draw, origin_of, stored_shape
 from eval.table import Row, markdown, summarise_scores
 from finetune.pipeline import RunConfig, distill_student, fingerprint, load_teacher
 from finetune.trajectories import MAX_SEED, make_trajectories
@@ -52,6 +52,7 @@ class Rung(NamedTuple):
 
 
 def bits(weight_bits: float, act_bits: int) -> Changes:
+    """A rung of these widths."""
     return {"student.weight_bits": weight_bits, "student.act_bits": act_bits}
 
 
@@ -135,9 +136,9 @@ class LadderConfig:
     rungs: tuple[str, ...] = tuple(RUNGS)
     """Rungs to climb, also by the names of `STEPS`, "teacher" for none; one that is finished is not run again."""
     seeds: int = 3
-    """Distillations of those rungs whose spread is told; of the others there is one."""
+    """Distillations, at least 1, of those rungs whose spread is told; of the others there is one."""
     teacher_steps: tuple[int, ...] = TEACHER_STEPS
-    """Numbers of steps to score the teacher at, beside the base's."""
+    """Numbers of steps to score the teacher at, each at least 1, beside the base's."""
     base: RunConfig = field(default_factory=RunConfig)
     """The full method; every rung changes a part of it. Its runtime and grid_columns serve all rungs."""
 
@@ -191,6 +192,8 @@ def climb(config: LadderConfig) -> Path:
     for name in config.students:
         teacher.solver(rung_config(base, name, config.output).sampler)
         teacher.solver(_drawing(base, RUNGS[name].num_steps))
+    prepare_output(config.output / "ladder.json")
+    lock_folder(config.output)
     reference, _ = _images(config.output / "teacher", teacher, _drawing(base, 0))
 
     def score_teacher(num_steps: int) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def climb(config: LadderConfig) -> Path:
         if (run.output / "state").exists():
             RunState(run.output, fingerprint(run, teacher))  # refuses a rung of other settings
         if not (run.output / "config.json").exists():
-            distill_student(run)
+            distill_student(run).run.tracker.finish()
         student = dataclasses.replace(load_model(str(run.output), run.runtime), name=name)
         score = _score(folder, student, _drawing(base, rung.num_steps), reference, ruler)
         return {**score, "distillation_seed": run.seed}
@@ -219,7 +222,7 @@ def climb(config: LadderConfig) -> Path:
             _write_tables(config, scores)
         _write_pictures(config, teacher, scores)
         table = config.output / "ladder.md"
-        print(table.read_text())
+        print(table.read_text("utf-8"))
         return table
 
     if processes.count() > 1:  # then what is collected is made already
@@ -277,45 +280,46 @@ def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
     )
 
 
-def _origin(model: Model, drawing: DrawConfig) -> dict[str, Any]:
-    """What decides the model's images: what is kept of others is not mixed with new ones."""
-    names = ("num_images", "num_steps", "seed", "solver", "eta", "labels", "guidance_scale", "runtime")
-    drawn = {name: getattr(drawing, name) for name in names}
-    drawn |= {"labels": list(drawing.labels), "runtime": model.runtime, "eps_scale": model.solver(drawing).eps_scale}
-    return {**drawn, "weights": model.weights_digest(), "scheduler": model.schedule.fields, "noise": STREAM}
-
-
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
     """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
-    path, origin = folder / IMAGES, _origin(model, drawing)
+    path, origin = folder / IMAGES, origin_of(model, drawing)
     if not processes.from_main(path.exists):
         images, seconds = draw(model, drawing)
         content = io.BytesIO()
         torch.save({"images": images, "seconds": seconds, **origin}, content)
         write_bytes(path, content.getvalue())
-    saved = processes.from_main(lambda: torch.load(path, weights_only=True))
+    try:
+        saved = processes.from_main(lambda: read_state(path))
+        then = {name: saved.get(name) for name in origin}
+        images, seconds = saved["images"], saved["seconds"]
+        if images.dtype != torch.uint8 or images.shape != (drawing.num_images, *stored_shape(model)):
+            raise ValueError(f"it holds {images.dtype} {tuple(images.shape)}")
+        if not 0 <= seconds < float("inf"):
+            raise ValueError(f"they took {seconds} seconds")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(one_line(f"{path} holds no images of a rung: delete it ({error})")) from error
     for name, now in origin.items():
-        if (then := saved.get(name)) != now:
-            raise InputError(f"{path} was drawn with {name} = {then}, now it is {now}: delete it")
-    return saved["images"], saved["seconds"]
+        if then[name] != now:
+            raise InputError(one_line(f"{path} was drawn with {name} = {then[name]}, now it is {now}: delete it"))
+    return images, seconds
 
 
 def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor, ruler: Ruler) -> dict[str, Any]:
     """The model's score against the teacher's images `reference`, measured once and kept in `folder`."""
-    path, origin = folder / "metrics.json", _origin(model, drawing)
+    path, origin = folder / "metrics.json", origin_of(model, drawing)
     if not path.exists():
         images, seconds = _images(folder, model, drawing)
         score = dataclasses.asdict(score_images(model, images, seconds, reference, drawing, ruler))
         write_json(path, {**score, **origin})
     try:
-        score = json.loads(path.read_text())
-        then = {name: score.get(name) for name in score}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} holds no score: delete it ({error})") from error
+        score = read_json(path)
+        check_score(score)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(one_line(f"{path} holds no score: delete it ({error})")) from error
     second = ruler.second.digest if ruler.second else "none"
     for name, now in {"features": ruler.digest, "features_second": second, **origin}.items():
-        if then.get(name) != now:
-            raise InputError(f"{path} has {name} = {then.get(name)}, now it is {now}: delete it to score anew")
+        if (then := score.get(name)) != now:
+            raise InputError(one_line(f"{path} has {name} = {then}, now it is {now}: delete it to score anew"))
     return score
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +14,9 @@ from ddpm_mnist import InputError, processes
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.noise import STREAM
-from ddpm_mnist.runs import RunState, progress, read_log, write_bytes, write_json
+from ddpm_mnist.runs import RunState, progress, read_log, span, write_bytes, write_json
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, choose_labels, sample, to_float
+from ddpm_mnist.tracking import check_tracker
 from eval.features import load_ruler
 from eval.fid import print_scores, score_images
 from eval.grid import fid_label, row_label
@@ -27,6 +29,7 @@ from finetune.distill import DistillConfig, distill
 from finetune.gain import match_noise
 from finetune.trajectories import MAX_SEED, NOISES, Trajectories, held_out_noise, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
+from quant.integer.core import choose
 from quant.integer.program import refuse_unsupported
 from quant.structure import check_structure
 from quant.summary import shares, summarise
@@ -34,44 +37,48 @@ from quant.summary import shares, summarise
 
 @dataclass
 class RunConfig:
+    """A student: made, scored and drawn."""
+
     output: Path = Path("runs/student")
     """Run folder. A run that was interrupted goes on from its last state."""
     teacher: str = "teacher"
     """The full-precision model: a released name, or a folder of diffusers."""
     seed: int = 0
-    """Seeds the adapters, the noise of the buffer and, with the update's number, what an update draws."""
+    """Seeds the adapters, the noise of the buffer and, with the update's number, what an update draws: 0 to 8191."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     student: QuantConfig = field(default_factory=QuantConfig)
     recipe: str = "distill"
     """"distill": as the sections student and distill say. "published": as the paper's training code has it
     (finetune/baselines.py), with their bits, rank, batch and number of updates."""
     lr_factor: float = 1.0
-    """What the published learning rates are multiplied with, under that recipe alone."""
+    """What the published learning rates are multiplied with, above 0, under that recipe alone."""
     teacher_steps: int = 1
-    """Steps of the teacher that one step of the student stands for."""
+    """Steps of the teacher that one step of the student stands for, at least 1."""
     num_trajectories: int = 2048
-    """Trajectories of the teacher in the buffer."""
+    """Trajectories of the teacher in the buffer, from 1 to 2^18 - gain_images."""
     calibration_trajectories: int = 64
-    """How many of them the calibration of the activations looks at."""
+    """How many of them the calibration of the activations looks at, at least 1."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: str = "mnist"
     """For distill.objective "denoising" alone: the images, as the teacher's config names them."""
     gain_images: int = 512
-    """Images of student and teacher in which the noise that is left is compared after the distillation, to scale the
-    student's ε (finetune/gain.py); 0 leaves it as it is."""
+    """Images of student and teacher, at least 0, in which the noise that is left is compared after the distillation, to
+    scale the student's ε (finetune/gain.py); 0 leaves it as it is."""
     num_images: int = 2000
-    """Images to score each model on."""
+    """Images to score each model on, at least 2 and grid_columns."""
     features: str | None = None
     """The ruler: a folder of `efficientdm features`, or "inception". None: the released one, of MNIST. Images that it
     does not fit are compared with the teacher's alone."""
     score_seed: int = 0
-    """The first seed of the images that are scored."""
+    """The first seed of the images that are scored, 0 to 2^31 - num_images."""
     batch_size: int = 64
-    """Images that are sampled at once."""
+    """Images that are sampled at once, at least 1."""
     grid_columns: int = 12
-    """Images per row of the grid."""
+    """Images per row of the grid, at least 1."""
     runtime: str = "integer"
     """How the student runs when its gain is found and when it is scored: "integer", or "simulated" in float."""
+    tracker: str = "none"
+    """Where the loss, step sizes and the grid are shown besides: "none", "tensorboard", "wandb" or "trackio"."""
 
     def __post_init__(self) -> None:
         if self.recipe not in ("distill", "published"):
@@ -82,6 +89,7 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_runtime(self.runtime)
+        check_tracker(self.tracker)
         if self.calibration_trajectories > self.num_trajectories:
             raise ValueError(f"calibration_trajectories must be at most num_trajectories, {self.num_trajectories}")
         if self.num_images < max(2, self.grid_columns):
@@ -125,6 +133,8 @@ class Made:
     """What its ε was scaled by, less 1."""
     seconds: dict[str, float]
     """Seconds per stage."""
+    run: RunState
+    """Its folder, locked, and its tracker."""
 
 
 def load_teacher(argument: str) -> Model:
@@ -135,10 +145,11 @@ def load_teacher(argument: str) -> Model:
     return teacher
 
 
-def distill_student(config: RunConfig) -> Made:
+def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int], None] = lambda *_: None) -> Made:
     """Make a student: sample the teacher's trajectories from noise, calibrate, distil.
 
-    Needs no data, but for the objective "denoising". Several processes share out all but the calibration; the
+    Needs no data, but for the objective "denoising". `announce` is called with the config, the teacher and the number
+    of updates that are done already, once all is well. Several processes share out all but the calibration; the
     config.yaml that they leave makes the same student in one.
 
     Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder,
@@ -154,7 +165,8 @@ def distill_student(config: RunConfig) -> Made:
     solver, teacher_solver = teacher.solver(config.sampler), teacher.solver(config.teacher_sampler)
     _refuse_unsupported(config, teacher, solver, teacher_solver)
     images = _training_images(config, teacher) if _uses_data(config) else None
-    run = RunState(config.output, fingerprint(config, teacher))
+    run = RunState(config.output, fingerprint(config, teacher), config.tracker)
+    announce(config, teacher, run.state["update"] if run.state else 0)
     save_config(config, config.output / "config.yaml")
     stopwatch = _Stopwatch()
     drawn = dataclasses.astuple(config.teacher_sampler)
@@ -195,7 +207,7 @@ def distill_student(config: RunConfig) -> Made:
     if processes.is_main():
         student.save_pretrained(config.output)
     write_json(config.output / "scheduler" / "scheduler_config.json", teacher.schedule.scaled(solver.eps_scale))
-    return Made(config, teacher, frozen_ptq, student, gain, stopwatch.seconds)
+    return Made(config, teacher, frozen_ptq, student, gain, stopwatch.seconds, run)
 
 
 def _refuse_unsupported(config: RunConfig, teacher: Model, solver: Solver, teacher_solver: Solver) -> None:
@@ -261,7 +273,7 @@ def run(config: RunConfig) -> Path:
     """
     ruler = load_ruler(config.features)
     load_teacher(config.teacher).check_pictures()
-    made = distill_student(config)
+    made = distill_student(config, print_plan)
     config = made.config
     bits = config.student.weight_bits, config.student.act_bits
     models = [
@@ -302,6 +314,8 @@ def run(config: RunConfig) -> Path:
     }
     for name, figure in figures.items():
         write_bytes(config.output / f"{name}.png", to_png(figure))
+    made.run.tracker.picture("grid", (config.output / "grid.png").read_bytes(), config.distill.num_updates)
+    made.run.tracker.finish()
     write_report(
         config.output / "report.html",
         title=_title(config, models[-1].bits),
@@ -309,7 +323,7 @@ def run(config: RunConfig) -> Path:
         scores=scores,
         floor=ruler.floor,
         layers=layers,
-        config=(config.output / "config.yaml").read_text(),
+        config=(config.output / "config.yaml").read_text("utf-8"),
         **figures,
     )
     print_scores(scores, ruler.floor)
@@ -319,10 +333,60 @@ def run(config: RunConfig) -> Path:
     return config.output
 
 
+# Costs in evaluations of the teacher on one sample. Learning from one of the student: forwards and twice backwards make
+# three, and a student's update costs 1.5 times a teacher's (`finetune.step_cost`).
+LEARNING = 4.5
+# Calibration, for each state that it looks at.
+CALIBRATION = 13
+# An evaluation of the student: simulated, and on integers (`efficientdm bench`).
+SIMULATED, INTEGER = 1.5, {"avx512vnni": 0.3, "avxvnni": 0.3, "avx2": 0.4, "portable": 5}
+# Gains that are tried, of the eleven that there are.
+GAINS_TRIED = 5
+
+
+def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
+    """Print the stages, and about how long each takes on this machine, from a few evaluations of the teacher.
+
+    Args:
+        done: updates of an earlier start.
+    """
+    solver, options = teacher.solver(config.sampler), config.distill
+    steps, teacher_steps = config.sampler.num_steps, config.teacher_sampler.num_steps
+    rollout = config.recipe == "distill" and options.objective == "rollout"
+    updates = options.num_updates - done
+    evaluations = updates * options.batch_size * (options.rollout_steps if rollout else 1)
+    student = SIMULATED if config.runtime == "simulated" else INTEGER.get(choose().isa, 1)
+    scored, matched = config.num_images * steps, config.gain_images
+    unit = _seconds_per_evaluation(teacher, solver, config.batch_size)
+    stages = (  # and their costs, in evaluations of the teacher on one sample
+        (f"{config.num_trajectories} trajectories of {teacher_steps} steps", config.num_trajectories * teacher_steps),
+        ("calibration", config.calibration_trajectories * steps * CALIBRATION),
+        (f"{updates} updates of {options.batch_size}" + " rollouts" * rollout, evaluations * LEARNING),
+        (f"gain on {matched} images", matched * teacher_steps + matched * steps * student * GAINS_TRIED),
+        (f"scores of 3 models on {config.num_images} images", scored * (1 + 2 * student)),
+    )
+    for what, cost in stages:
+        print(f"{what:<40} about {span(cost * unit)}")
+    print(f"{'together, on this machine':<40} about {span(sum(cost for _, cost in stages) * unit)}", flush=True)
+
+
+@torch.no_grad()
+def _seconds_per_evaluation(teacher: Model, solver: Solver, batch_size: int) -> float:
+    """Of one sample in a batch, in the fastest of three."""
+    labels, at = choose_labels(teacher.denoiser, solver.config, range(batch_size)), teacher.denoiser.device
+    x, step = torch.zeros(batch_size, *teacher.shape, device=at), torch.zeros(batch_size, dtype=torch.long, device=at)
+    seconds = []
+    for _ in range(4):  # the first warms up
+        start = time.perf_counter()
+        solver.ask(teacher.denoiser, step, x, None if labels is None else labels.to(at)).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]) / batch_size
+
+
 def fingerprint(config: RunConfig, teacher: Model) -> dict:
     """What decides the student: its part of the configuration, the teacher's very weights, and where noise is from."""
     fields = dataclasses.asdict(config)
-    for free in ("output", "teacher", "num_images", "features", "score_seed", "grid_columns"):
+    for free in ("output", "teacher", "num_images", "features", "score_seed", "grid_columns", "tracker"):
         del fields[free]
     for free in ("log_every", "save_every"):
         del fields["distill"][free]

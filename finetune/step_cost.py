@@ -27,9 +27,9 @@ from quant import QuantConfig, calibrate, quantize
 @dataclass
 class StepCostConfig:
     batch_size: int = 64
-    """Images per update of the teacher and of the per-step objective."""
+    """Images per update of the teacher and of the per-step objective, at least 1."""
     rounds: int = 9
-    """Interleaved rounds; the table shows their medians."""
+    """Interleaved rounds, at least 1; the table shows their medians."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rounds"):

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -18,6 +19,7 @@ from quant.packing import pack, unpack
 
 FORMAT = 3
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_CONFIG_BYTES = 16 << 20
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, float], config: dict[str, Any]) -> None:
@@ -37,10 +39,13 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, f
     content = {"format": FORMAT, **config, "codes": codes}
     content["sha256"] = _digest(content, weights)
     beside = folder / ".partial"  # a file is whole or not there
-    beside.write_bytes(weights)
-    beside.replace(folder / WEIGHTS)
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.replace(folder / CONFIG)
+    try:
+        beside.write_bytes(weights)
+        beside.replace(folder / WEIGHTS)
+        beside.write_text(json.dumps(content, indent=2) + "\n")
+        beside.replace(folder / CONFIG)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,19 +54,34 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: a file is truncated, altered, or of another format or other codes than this version reads.
     """
-    config = json.loads((folder / CONFIG).read_text())
+    config = _read_config(folder / CONFIG)
     if config.get("format") != FORMAT:
         raise ValueError(f"{CONFIG} is of format {config.get('format')}, this version reads format {FORMAT}")
     weights = (folder / WEIGHTS).read_bytes()
     if _digest(config, weights) != config.get("sha256"):
         raise ValueError(f"{WEIGHTS} or {CONFIG} is truncated or altered: their SHA-256 is not the one that was saved")
-    tensors = load_tensors(weights)
+    try:
+        tensors = load_tensors(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS} is no safetensors file: {error}") from error
     for name, code in config["codes"].items():
         step = code.get("step", 1)  # not in older files, which have no mid-rise codes
         if step != code_range(code["bits"], signed=True).step:
             raise ValueError(f"{name}: this version reads no codes of {code['bits']} bits that are {step} apart")
         tensors[name] = unpack(tensors[name], code["bits"], code["shape"])
     return tensors, config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path.name} has more than {MAX_CONFIG_BYTES:,} bytes")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return config
 
 
 def _digest(config: dict[str, Any], weights: bytes) -> str:

@@ -25,7 +25,7 @@ from quant.functional import FEW, FINE, check_bits
 from quant.integer.program import refuse_unsupported
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
 from quant.quantizers import SMALLEST, Clock
-from quant.structure import check_structure, make
+from quant.structure import check_structure, make, try_out
 
 # The tables of an activation quantizer, by their names in the state dict.
 ACT_TABLES = ("scale", "zero_point")
@@ -39,6 +39,8 @@ SKIPPED_TO = (UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D, CrossAttnUpBlock2
 
 @dataclass
 class QuantConfig:
+    """The student's bits, and how its quantizers begin."""
+
     weight_bits: int | float = 4
     """Bits of every weight but for the layers of `edge_bits`: 2…8, 1.58 (-1, 0 and 1 times a step size) or 1 (plus or
     minus a step size)."""
@@ -50,7 +52,7 @@ class QuantConfig:
     edge_act_bits: int = 16
     """Bits of the inputs of the layers of `edge_bits`: 2…8 or 16, which on integers take two lines of 8 bits each."""
     rank: int = 8
-    """Rank of the adapters of QALoRA."""
+    """Rank of the adapters of QALoRA, at least 1."""
     per_step: bool = True
     """An activation step size and zero point for every denoising step (TALSQ), or one for all."""
     search: str = "error"
@@ -191,20 +193,68 @@ class QuantizedUNet(nn.Module):
         Raises:
             ValueError: a file is truncated, altered, of another format, or does not fit the other.
         """
-        tensors, config = read_checkpoint(Path(folder))
         try:
-            unet = make(config["class"], config["unet"])
-            model = _freeze(_convert(unet, QuantConfig(**config["quantization"]), config["timesteps"]))
-            for table in ACT_TABLES:
-                rows = tensors.pop(f"act_quantizers.{table}")
-                tensors |= {
-                    f"{name}.act_quantizer.{table}": row for (name, _), row in zip(model.layers(), rows, strict=True)
-                }
+            tensors, config = read_checkpoint(Path(folder))
+        except OSError:
+            raise
+        except Exception as error:  # a digest may be right over anything
+            raise ValueError(_last_line(error)) from error
+        try:
+            with torch.device("meta"):  # takes no memory: until they are compared, sizes are the config's word alone
+                _check(tensors, _structure(config), config)
+            model = _structure(config)
+            for _, layer in model.layers():
+                layer.freeze()
             model.unet.load_state_dict(tensors)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ValueError(f"config.json and model.safetensors do not fit each other: {reason}") from error
+            try_out(model)
+        except Exception as error:  # diffusers and torch have one of their own for each thing that may be wrong
+            message = f"config.json and model.safetensors do not fit each other: {_last_line(error)}"
+            raise ValueError(message) from error
         return model
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+def _structure(config: dict[str, Any]) -> QuantizedUNet:
+    """The student of a saved `config`, not frozen yet, with numbers of no meaning."""
+    options = QuantConfig(**config["quantization"])
+    unet = make(config["class"], config["unet"])
+    model = _convert(unet, dataclasses.replace(options, rank=1), config["timesteps"])  # no adapter was saved
+    model.quant_config, model.is_calibrated = options, True
+    return model.requires_grad_(False)
+
+
+def _check(tensors: dict[str, Tensor], model: QuantizedUNet, config: dict[str, Any]) -> None:
+    """ValueError unless `tensors`, as they were saved, are those of `model` once it is frozen.
+
+    In `tensors` each layer gets its rows of the activations' tables.
+    """
+    bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in model.layers()}
+    if bits != {name: code["bits"] for name, code in config["codes"].items()}:
+        raise ValueError("codes have other bits than the layers that they are of")
+    for name, x in tensors.items():
+        if name not in bits and x.dtype not in (torch.half, torch.float32):
+            raise ValueError(f"{name} is of {x.dtype}")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds what is no finite number")
+        if name.endswith(("weight_quantizer.scale", "act_quantizers.scale")) and not (x > 0).all():
+            raise ValueError(f"{name} holds a step size that is not positive")
+    for table in ACT_TABLES:
+        rows = tensors.pop(f"act_quantizers.{table}")
+        names = (name for name, _ in model.layers())
+        tensors |= {f"{name}.act_quantizer.{table}": row for name, row in zip(names, rows, strict=True)}
+    shapes = {name: x.shape for name, x in model.unet.state_dict().items()}
+    for name, layer in model.layers():
+        shapes[f"{name}.codes"] = layer.weight_shape
+        for unsaved in ("weight", "lora_a", "lora_b"):
+            del shapes[f"{name}.{unsaved}"]
+    for name in sorted(shapes.keys() | tensors.keys()):
+        ours, theirs = shapes.get(name), tensors[name].shape if name in tensors else None
+        if ours != theirs:
+            sizes = (str(None if shape is None else tuple(shape)) for shape in (theirs, ours))
+            raise ValueError(f"size mismatch for {name}: {' is saved, '.join(sizes)} is asked for")
 
 
 def quantize(unet: nn.Module, config: QuantConfig, timesteps: Sequence[float] | Tensor) -> QuantizedUNet:

@@ -38,6 +38,10 @@ FIELDS = {
     },
 }  # fmt: skip
 
+# No network that is known comes near: what a config asks for beyond is memory or hours. Of lists, that many entries.
+MOST, MOST_ENTRIES = 1 << 20, 32
+MOST_OF = {"layers_per_block": 32, "transformer_layers_per_block": 32, "sample_size": 4096}
+
 # Processors of diffusers that compute the same attention in another way.
 SAME_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
@@ -57,12 +61,43 @@ def check_config(name: Any, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if not key.startswith("_") and key not in FIELDS[name] and not (key in defaults and value == defaults[key]):
             raise ValueError(f"{name} has {key} = {value}, which is not known here")
+        _check_size(key, value)
+
+
+def _check_size(key: str, value: Any) -> None:
+    """ValueError for numbers beyond those of any network, and for long lists."""
+    if isinstance(value, list | tuple):
+        if len(value) > MOST_ENTRIES:
+            raise ValueError(f"{key} has {len(value)} entries, more than {MOST_ENTRIES}")
+        for part in value:
+            _check_size(key, part)
+    elif isinstance(value, int | float) and not abs(value) <= (most := MOST_OF.get(key, MOST)):
+        raise ValueError(f"{key} = {value} is beyond {most:,}, the most that is understood")
 
 
 def make(name: str, config: Mapping[str, Any]) -> Any:
     """A new network of that class; ValueError where its config is not understood."""
     check_config(name, config)
     return CLASSES[name].from_config(dict(config))
+
+
+@torch.no_grad()
+def try_out(model: Any) -> None:
+    """Run a UNet2DModel, or a student of one, on a small image.
+
+    What of a config passes diffusers when a network is made, but not when it runs, is found here: this raises whatever
+    diffusers and torch do.
+    """
+    config = model.config
+    if isinstance(getattr(model, "unet", model), UNet2DConditionModel) or config.class_embed_type == "identity":
+        return  # needs more than its config tells
+    side = 2 ** (len(config.down_block_types) + 1)
+    x = torch.zeros(1, config.in_channels, side, side, device=model.device)
+    t = torch.ones(1, dtype=torch.long, device=model.device)
+    has_classes = config.class_embed_type is not None or config.num_class_embeds is not None
+    answer = model(x, t, *([t * 0] if has_classes else [])).sample
+    if answer.shape[2:] != x.shape[2:]:
+        raise ValueError(f"images of {tuple(x.shape[2:])} come out as {tuple(answer.shape[2:])}")
 
 
 def check_structure(unet: nn.Module) -> None:

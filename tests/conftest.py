@@ -50,10 +50,10 @@ def student(unet, solver, buffer):
 
 @pytest.fixture(scope="session")
 def made_once():
-    """`buffer` and `student`, for tests that change neither."""
+    """`unet`, `buffer` and `student`, for tests that change none of them."""
     unet, solver = _make_unet(), Solver(SamplerConfig(num_steps=6))
     buffer = make_trajectories(unet, solver, count=8, seed=0)
-    return SimpleNamespace(buffer=buffer, student=_make_student(unet, solver, buffer))
+    return SimpleNamespace(unet=unet, buffer=buffer, student=_make_student(unet, solver, buffer))
 
 
 @pytest.fixture

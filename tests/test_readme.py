@@ -1,16 +1,149 @@
+"""What README.md and docs/ promise: their links lead somewhere, their commands exist, their programs run."""
+
 import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 import quant
+from ddpm_mnist import command
+from finetune import cli
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
-def test_the_readmes_own_unet_is_distilled_and_runs_on_integers(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def prose(page):
+    return FENCE.sub("", page.read_text())
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_lead_somewhere(page):
+    text = re.sub(r"`[^`]*`", "", prose(page))
+    for target in re.findall(r"\]\(([^)\s]*)\)", text):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.is_file(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def tables(page):
+    """The head and the rows of each of a page's tables, cell by cell."""
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), flags=re.MULTILINE):
+        head, _, *rows = ([cell.strip(" *`") for cell in line.strip("|").split("|")] for line in table.splitlines())
+        yield head, rows
+
+
+@pytest.mark.parametrize(("page", "written"), [("README.md", "released"), ("docs/results.md", "ladder")])
+def test_scores_are_those_that_the_ladder_wrote(page, written):
+    columns = ("FID", "ratio", "FID to teacher")
+
+    def scores(path):
+        found = [table for table in tables(path) if set(columns) <= set(table[0])]
+        return {row[0]: [row[head.index(column)] for column in columns] for head, rows in found for row in rows}
+
+    measured = scores(ROOT / "docs" / written / "ladder.md")
+    measured["w4a4"] = measured["full"]  # the released one's rung
+    told = scores(ROOT / page)
+    assert told
+    assert not {name: score for name, score in told.items() if score != measured.get(name)}
+
+
+def test_speeds_are_those_that_the_benchmark_wrote():
+    measured, told = [], []
+    for page in ("bench.md", "bench-avx2.md"):
+        measured += [list(map(float, row[2:-2])) for _, rows in tables(ROOT / "docs" / page) for row in rows]
+    for head, rows in tables(ROOT / "docs" / "integers.md"):
+        if head[0] == "runtime":
+            told += [list(map(float, row[1:])) for row in rows]
+    assert told
+    assert not [row for row in told if row not in measured]
+
+
+def commands():
+    """The command lines in the pages' sh fences, and those in the midst of a text that begin with a program."""
+    found = {}
+    for page in PAGES:
+        lines = []
+        for language, code in FENCE.findall(page.read_text()):
+            if language == "sh" and not code.startswith("#!"):
+                lines += code.replace("\\\n", " ").splitlines()
+        for code in re.findall(r"`([^`]+)`", prose(page)):
+            if re.match(r"([A-Z_]+=\S+\s+)*(\S*/)?(efficientdm|python|pip|make) ", code):
+                lines.append(code)
+        for line in lines:
+            if words := shlex.split(line, comments=True):
+                found[shlex.join(words)] = words
+    return list(found.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("words", commands(), ids=shlex.join)
+def test_a_command_exists_with_its_options(words, monkeypatch, capsys):
+    parse = command.run_command
+    monkeypatch.setattr(
+        command, "run_command", lambda prog, function, *others: parse(prog, lambda config: None, *others)
+    )
+    monkeypatch.chdir(ROOT)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    if words[0] in ("accelerate", "torchrun"):  # their own options, then a module or a program
+        words = ["python", *words[words.index("-m") :]] if "-m" in words else words[words.index("efficientdm") :]
+    if words[0] in ("efficientdm", "python") and not any(word.startswith("--") for word in words):
+        words = [*words, "--help"]  # what is no more than a name
+    monkeypatch.setattr(sys, "argv", words)
+    match Path(words[0]).name, *words[1:]:
+        case "efficientdm", *_:
+            assert exit_code(cli.main) == 0, capsys.readouterr().err
+        case "python", "-m", module, *arguments:
+            monkeypatch.setattr(sys, "argv", [module, *arguments])
+            assert exit_code(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)) == 0, (
+                capsys.readouterr().err
+            )
+        case "make", *targets:
+            rules = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+            assert set(targets) <= set(rules)
+        case "pip", "install", *arguments:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            wanted = re.fullmatch(r"\.(?:\[(\w+)\])?", arguments[-1])
+            assert wanted
+            assert wanted[1] is None or wanted[1] in extras
+        case _:
+            assert words == ["source", ".venv/bin/activate"]
+
+
+def exit_code(program):
+    try:
+        program()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("page", "end"),
+    [("README.md", "## Read on"), ("docs/own-models.md", "## Its schedule")],
+    ids=["README", "own-models"],
+)
+def test_an_own_unet_is_distilled_and_runs_on_integers(page, end, tmp_path, monkeypatch):
+    before, *_ = (ROOT / page).read_text().partition(end)
+    code = "\n".join(code for language, code in FENCE.findall(before) if language == "python")
     torch.manual_seed(0)
     own = UNet2DModel(
         32, block_out_channels=(32, 64), layers_per_block=1,
@@ -30,3 +163,30 @@ def test_the_readmes_own_unet_is_distilled_and_runs_on_integers(tmp_path, monkey
     error = (integer - frozen).square().mean() / frozen.square().mean()
     assert error < 0.01
     assert result["loss"] < frozen.square().mean() / 4
+
+
+class Fetched(HTMLParser):
+    """The addresses that a page fetches when it is looked at; not those that it links to."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag != "a":
+            self.addresses += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+def test_the_site_is_built_without_warnings_and_fetches_nothing_from_elsewhere(tmp_path):
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(PAGES) - 1  # one per page of docs/, and that of a missing one
+    for page in pages:
+        fetched = Fetched()
+        fetched.feed(page.read_text())
+        assert fetched.addresses
+        for address in fetched.addresses:
+            assert not re.match(r"(\w+:)?//", address), f"{page.name}: {address}"

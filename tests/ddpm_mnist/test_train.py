@@ -9,9 +9,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.runs import read_log
 from ddpm_mnist.train import (
     TeacherConfig,
     draw_batch,
@@ -40,8 +42,8 @@ def log_or_die(self, **row):
         os.kill(os.getpid(), signal.SIGKILL)
 RunState.log = log_or_die
 train.train_teacher(train.TeacherConfig(
-    output=folder, unet=UNetConfig((8, 16), norm_num_groups=4, attention_head_dim=8), total_updates=6,
-    batch_size=4, warmup_updates=2, log_every=1, save_every=2, grid_every=6))
+    output=folder, unet=UNetConfig((8, 16), norm_num_groups=4, attention_head_dim=8), total_updates=4,
+    restart_updates=2, batch_size=4, warmup_updates=2, log_every=1, save_every=2, grid_every=6))
 """
 
 
@@ -75,6 +77,17 @@ def tiny(folder, **options):
 def draw_black(monkeypatch):
     images = torch.zeros(4, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr("ddpm_mnist.train.load_images", lambda data, split, size: images)
+
+
+def test_the_tracker_shows_losses_rates_and_samples_and_is_no_part_of_a_run(tmp_path, monkeypatch):
+    draw_black(monkeypatch)
+    train_teacher(tiny(tmp_path, tracker="tensorboard"))
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (row,) = read_log(tmp_path / "log.jsonl")
+    for name in ("loss", "learning_rate"):
+        assert [(event.step, event.value) for event in shown.Scalars(name)] == [(1, pytest.approx(row[name]))]
+    assert [(event.step, event.height) for event in shown.Images("samples")] == [(1, 82)]
+    train_teacher(tiny(tmp_path))
 
 
 def test_a_state_of_another_optimiser_is_refused(tmp_path, monkeypatch):
@@ -183,6 +196,12 @@ def test_the_learning_rate_is_a_trapezoid():
     assert rates[99] == pytest.approx(0.04)
 
 
+def test_the_learning_rate_begins_again_at_half_after_a_restart():
+    config = TeacherConfig(total_updates=100, restart_updates=50, learning_rate=2.0)
+    assert learning_rate(config, 99) < 0.06
+    assert [learning_rate(config, update) for update in (100, 125, 149)] == pytest.approx([1.0, 0.5, 0.02])
+
+
 def test_min_snr_weight_caps_the_loss_on_x0():
     """The squared error in x0 is that in ε over SNR: the weight min(SNR, γ)/SNR of one is min(SNR, γ) of the other."""
     alphas_cumprod = make_noise_schedule().alphas_cumprod
@@ -210,6 +229,7 @@ def test_a_batch_depends_on_seed_and_update(shape):
     ("options", "message"),
     [
         ({"total_updates": 0}, "total_updates must be positive, not 0"),
+        ({"restart_updates": -1}, "restart_updates must not be negative, not -1"),
         ({"decay_fraction": 2}, "decay_fraction must lie in"),
         ({"image_size": (0, 8)}, r"image_size must be positive, not \(0, 8\)"),
         ({"mixed_precision": "int4"}, 'mixed_precision must be "no" or "bf16", not "int4"'),

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -10,6 +11,7 @@ from ddpm_mnist.unet import PRETRAINED, save_teacher
 from eval import bench
 from eval.export import ExportConfig, export
 from eval.models import load_model
+from eval.plots import speed_chart
 from quant import QuantizedUNet, freeze
 from quant.integer.core import VARIABLE, available, choose
 
@@ -61,6 +63,19 @@ def test_the_benchmark_writes_a_row_per_runtime_and_batch_size(run_benchmark, tm
     assert content["seconds_to_first_image"].keys() == {"load", "first_image"}
     assert 0 < content["integer_step"]["share_outside_integer_products"] < 1
     assert "| integer | student |" in table
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_chart_has_a_bar_for_every_runtime_at_the_largest_batch_size():
+    content = json.loads((Path(__file__).parents[2] / "docs" / "bench.json").read_text())
+    (axis,) = speed_chart(content).axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    drawn = {name: bar.get_width() for name, bar in zip(names, axis.patches, strict=True)}
+    largest = max(row["batch_size"] for row in content["rows"])
+    rows = [row for row in content["rows"] if row["batch_size"] == largest]
+    assert drawn == {f"{row['model']}, {row['runtime']}": row["images_per_second"] for row in rows}
+    assert list(drawn.values()) == sorted(drawn.values())
+    assert f"{largest} at a time" in axis.get_xlabel()
 
 
 def test_the_benchmark_sets_every_instruction_set_of_the_processor_side_by_side(run_benchmark, monkeypatch):

@@ -46,6 +46,30 @@ def test_samples_as_array_and_as_picture(teacher_folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["x.npy", "x.png"]
 
 
+def test_an_array_that_was_killed_is_gone_on_with(teacher_folder, tmp_path, capsys):
+    options = {"model": teacher_folder, "num_images": 150, "num_steps": 20, "batch_size": 7}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-c", "from finetune.cli import main; main()", "sample", *words, "--output", "x.npy"]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not (found := list(tmp_path.glob(".x.npy.*.partial"))) or found[0].stat().st_size < 3 * 7 * 28 * 28:
+        assert child.poll() is None, "it ended before it could be killed"
+    child.kill()
+    child.wait()
+    assert not (tmp_path / "x.npy").exists()
+    with found[0].open("ab") as file:
+        file.truncate(found[0].stat().st_size - 100)  # torn in the middle of an image
+    (tmp_path / ".x.npy.123456789abc.partial").write_bytes(b"of other settings")
+
+    write_samples(SampleConfig(output=tmp_path / "x.npy", **options))
+    assert "Going on from image " in capsys.readouterr().out
+    write_samples(SampleConfig(output=tmp_path / "whole.npy", **options))
+    assert "Going on" not in capsys.readouterr().out
+    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    images, _ = draw(load_model(teacher_folder), DrawConfig(**options))
+    assert np.array_equal(np.load(tmp_path / "x.npy"), images.numpy())
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["whole.npy", "x.npy"]
+
+
 def test_fid_writes_one_object(student_folder, tmp_path, capsys):
     output = tmp_path / "deep" / "fid.json"
     print_fid(FidConfig(model=student_folder, num_images=12, num_steps=2, seed=4, output=output))
@@ -156,11 +180,13 @@ def test_a_released_student_draws_and_brings_its_config_and_score(name):
         ),
         ("fid", ["--num-images", "1"], "num_images must be at least 2, not 1"),
         ("fid", ["--num-images", "many"], "num_images"),
-        ("fid", ["--unknown", "3"], "unrecognized arguments: --unknown 3"),
+        ("fid", ["--unknown", "3"], "no option --unknown; --help lists them"),
         ("fid", ["--config", "missing.yaml"], "missing.yaml"),
         ("fid", ["--seed", "-1"], "seed must lie in"),
         ("fid", ["--output", "{folder}"], "it is a folder"),
         ("fid", ["--config", "{broken}"], "broken.yaml cannot be parsed: "),
+        ("fid", ["--config", "nothing"], 'no configuration "nothing": neither a file nor one of fashion, '),
+        ("teacher", ["--config", "quick"], "quick.yaml: no option --teacher; did you mean "),
         ("fid", ["--num-steps", "61"], "num_steps 61 cannot be spaced"),
         ("sample", ["--output", "x.jpg"], "output must end in .npy or .png, not x.jpg"),
         ("sample", ["--output", "{broken}/x.npy"], "broken.yaml/x.npy: File exists"),
@@ -238,7 +264,7 @@ def test_help_of_the_console_script_is_quick():
     command = [sys.executable, "-X", "importtime", "-c", "from finetune.cli import main; main()", "--help"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0
-    assert "efficientdm run --config configs/quick.yaml" in result.stdout
+    assert "Start here: efficientdm run\n" in result.stdout
     assert "torch" not in result.stderr, "heavy imports wait until they are needed"
 
 

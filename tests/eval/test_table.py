@@ -83,7 +83,7 @@ def test_the_floor_is_a_column_at_its_own_number_of_images_alone(capsys):
 
 def test_the_report_shows_scores_with_their_intervals_and_the_floor(tmp_path):
     picture = plots.loss_curve([1, 2], [2.0, 1.0])
-    for floor, needle in ((FLOOR, "<th>real test images"), (None, "<th>student")):
+    for floor, needle in ((FLOOR, '<th scope="row">real test images'), (None, '<th scope="row">student')):
         write_report(
             tmp_path / "report.html", title="t", facts=[], scores=[make_score()], floor=floor,
             grid=picture, loss=picture, step_sizes=picture, layers=[], config="",

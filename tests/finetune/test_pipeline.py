@@ -1,11 +1,14 @@
 import json
+import signal
 
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.runs import read_log
 from ddpm_mnist.sampler import SamplerConfig
 from ddpm_mnist.schedule import read_schedule
 from ddpm_mnist.unet import save_teacher
@@ -34,7 +37,7 @@ def config_path(write_config):
 
 
 def test_the_main_job_leaves_a_whole_run_folder(config_path, tmp_path, capsys):
-    run_command("prog", run, RunConfig, ["--config", str(config_path), "--seed", "5"])
+    run_command("prog", run, RunConfig, ["--config", str(config_path), "--seed", "5", "--tracker", "tensorboard"])
     folder = tmp_path / "run"
     for name in (
         "model.safetensors",
@@ -67,7 +70,26 @@ def test_the_main_job_leaves_a_whole_run_folder(config_path, tmp_path, capsys):
     ):
         assert needle in report, needle
 
+    shown = EventAccumulator(str(folder / "tensorboard")).Reload()
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "learning_rate_factor"):
+        assert [event.step for event in shown.Scalars(name)] == [1, 2, 3]
+        assert [event.value for event in shown.Scalars(name)] == pytest.approx([row[name] for row in log])
+    tags = shown.Tags()
+    for kind in ("weight_step_size", "act_step_size"):
+        assert f"{kind}/conv_in" in tags["scalars"]
+        assert len({tag for tag in tags["scalars"] if tag.startswith(kind)}) > 10
+    assert tags["images"] == ["grid"]
+    assert shown.Images("grid")[0].width > 100
+
     out = capsys.readouterr().out
+    for line in (
+        "6 trajectories of 3 steps ",
+        "3 updates of 4 rollouts ",
+        "gain on 12 images ",
+        "scores of 3 models on 10 images ",
+    ):
+        assert f"\n{line}" in f"\n{out}"
     assert "report.html" in out
     assert "grid.png" in out
 
@@ -88,8 +110,10 @@ def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
 
 def test_without_updates_the_student_is_the_calibrated_one(config_path, tmp_path):
     arguments = ["--config", str(config_path), "--distill.num_updates", "0", "--gain_images", "0"]
-    for _ in range(2):  # the second time from the state of the first
-        run_command("prog", run, RunConfig, arguments)
+    run_command("prog", run, RunConfig, arguments)
+    # The second time from the state of the first: how it is shown is no part of a run.
+    run_command("prog", run, RunConfig, [*arguments, "--tracker", "tensorboard"])
+    assert EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()["images"] == ["grid"]
     _, ptq, student = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (ptq["fid"], ptq["mse_to_teacher"]) == (student["fid"], student["mse_to_teacher"])
     assert (tmp_path / "run" / "report.html").is_file()
@@ -143,6 +167,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
             "objective must be one of rollout, per-step, per-step-in-order, denoising, not",
         ),
         (["--distill.learn", "magic"], "learn must be adapters or weights, not magic"),
+        (["--tracker", "magic"], 'tracker must be one of none, tensorboard, wandb, trackio, not "magic"'),
         (["--recipe", "magic"], 'recipe must be "distill" or "published", not "magic"'),
         (["--teacher_steps", "0"], "teacher_steps must be at least 1, not 0"),
         (["--teacher_steps", "51"], "num_steps 1020 cannot be spaced over 1000 timesteps"),
@@ -210,6 +235,45 @@ def test_a_student_that_integers_cannot_follow_is_refused_before_anything_starts
     other = ["--runtime", "simulated", "--output", str(tmp_path / "other")]
     run_command("prog", run, RunConfig, [*arguments, *other])
     assert (tmp_path / "other" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", run, RunConfig, ["--output", str(tmp_path / "run"), "--tracker", name])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert f'tracker "{name}" needs its package: pip install {name}' in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_interrupted_says_so_and_goes_on(config_path, tmp_path, monkeypatch, capsys):
+    arguments = ["--config", str(config_path), "--distill.save_every", "1"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for phase in (
+            "finetune.pipeline.make_trajectories",
+            "finetune.pipeline.calibrate",
+            "finetune.distill.keep_step_sizes_positive",
+            "ddpm_mnist.runs.torch.save",
+            "finetune.gain.sample",
+            "finetune.pipeline.score_images",
+            "finetune.pipeline.write_report",
+        ):
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+                patch.setattr(phase, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+                run_command("prog", run, RunConfig, arguments)
+            assert caught.value.code == 130, phase
+            assert capsys.readouterr().err == "prog: interrupted\n", phase
+            assert not [path for path in (tmp_path / "run").rglob(".*") if path.name != ".lock"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    run_command("prog", run, RunConfig, arguments)
+    assert "Going on from update 3 of 3." in capsys.readouterr().out
+    assert [row["update"] for row in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_a_factor_on_eps_travels_with_the_student(config_path, tmp_path):

@@ -1,0 +1,100 @@
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ddpm_mnist.command import run_command
+from finetune.cli import COMMANDS, main
+
+
+def load(name):
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    return getattr(module, command.function), getattr(module, command.config)
+
+
+def leaves(config_class, prefix=""):
+    """The names of the options that the fields of a config are."""
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(field.type):
+            yield from leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option_in_words(name, capsys):
+    function, config_class = load(name)
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", function, config_class, ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    options = re.findall(r"^  --([\w.]+) (\S+).*\n((?:      .+\n)+)", text, re.MULTILINE)
+    explained = {option: (kind, " ".join(words.split())) for option, kind, words in options}
+    assert explained.keys() == {*leaves(config_class), "config", "print_config"}
+    for option, (kind, words) in explained.items():
+        if option not in ("config", "print_config"):
+            assert re.search(r"\w.*[.)] (Default: .+|Required)\.$", words), (option, words)
+        if kind in ("INTEGER", "NUMBER") and option.rpartition(".")[2] not in ("image_size", "null_class"):
+            assert re.search(r"at least|above| to |from 1|2…8|divides", words), f"{option} says no range: {words}"
+    for inside in ("<class", "Union", "(type:", "Raises", "PosixPath", "None:", "= <", "Path to a configuration"):
+        assert inside not in text
+    for line in text.splitlines():
+        assert "(self" not in line
+        assert not re.match(r"\w+Config\(", line)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("fid", ["--num_image", "3"], "no option --num_image; did you mean --num_images?"),
+        ("fid", ["--num-image=3"], "no option --num_image; did you mean --num_images?"),
+        ("run", ["--weight_bits", "3"], "no option --weight_bits; did you mean --student.weight_bits?"),
+        ("run", ["--student.wieght_bits", "3"], "no option --student.wieght_bits; did you mean --student.weight_bits?"),
+        ("run", ["--config", "{yaml}"], "wrong.yaml: no option --student.weight_bit; did you mean --student.weight"),
+        ("ladder", ["--zzz", "3"], "no option --zzz; --help lists them"),
+    ],
+)
+def test_an_unknown_option_proposes_the_nearest(name, words, message, tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_text("student:\n  weight_bit: 3\n")
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", *load(name), [word.format(yaml=tmp_path / "wrong.yaml") for word in words])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["efficientdm", "run"]
+from finetune.cli import main
+main()
+"""
+
+
+def test_an_interrupt_while_importing_is_one_line():
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "efficientdm run: interrupted\n")
+
+
+def test_an_unknown_command_proposes_the_nearest(monkeypatch, capsys):
+    for words, code, out in (
+        (["rnu"], 2, 'efficientdm: no command "rnu"; did you mean "run"?\n'),
+        (["--version"], 0, "efficientdm 0.1.0\n"),
+    ):
+        monkeypatch.setattr("sys.argv", ["efficientdm", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == code
+        captured = capsys.readouterr()
+        assert captured.out + captured.err == out

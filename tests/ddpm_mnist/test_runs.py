@@ -1,0 +1,181 @@
+import errno
+import multiprocessing
+import signal
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ddpm_mnist import InputError, runs
+from ddpm_mnist.runs import RunState, lock_folder, progress, span, write_bytes
+from ddpm_mnist.unet import save_teacher
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for what is added to clock[0]."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_progress_is_a_line_for_every_tenth(clock, capsys):
+    with progress("distilling", 300) as advance:
+        for done in range(1, 301):
+            clock[0] += 0.5
+            if done % 3 == 0:
+                advance(done, f"loss {1 / done:.2f}")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "distilling 0/300"
+    assert lines[1] == "distilling 30/300, 2 min 15 s left, loss 0.03"
+    assert lines[9] == "distilling 270/300, 15 s left, loss 0.00"
+    assert lines[10:] == ["distilling done in 2 min 30 s, loss 0.00"]
+
+
+def test_a_job_that_goes_on_counts_its_own_time(clock, capsys):
+    with progress("distilling", 300, completed=150) as advance:
+        clock[0] += 100
+        advance(200)
+    assert capsys.readouterr().out.splitlines()[:2] == ["distilling 150/300", "distilling 200/300, 3 min 20 s left"]
+
+
+def test_a_job_of_seconds_has_a_first_and_a_last_line(clock, capsys):
+    with progress("sampling", 10) as advance:
+        for done in range(1, 11):
+            clock[0] += 0.4
+            advance(done)
+    with progress("distilling", 300, completed=300):
+        pass
+    assert capsys.readouterr().out.splitlines() == ["sampling 0/10", "sampling done in 4 s"]
+
+
+def test_a_job_that_fails_has_no_last_line(capsys):
+    with pytest.raises(KeyError), progress("sampling", 10):
+        raise KeyError
+    assert capsys.readouterr().out == "sampling 0/10\n"
+
+
+def test_in_a_terminal_progress_is_a_bar(monkeypatch, capsys):
+    terminal = partial(Console, force_terminal=True, width=120)
+    monkeypatch.setattr(runs, "Console", terminal)
+    monkeypatch.setattr("rich.progress.get_console", lambda: terminal())
+    with progress("distilling", 10) as advance:
+        advance(10, "loss 0.5")
+    out = capsys.readouterr().out
+    assert "━" in out
+    assert "10/10" in out
+    assert "loss 0.5" in out
+    assert "done in" not in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (80, "1 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_a_span_of_time_in_words(seconds, text):
+    assert span(seconds) == text
+
+
+def hold(folder, pipe):
+    try:
+        lock_folder(folder)
+        pipe.send("in")
+    except InputError as error:
+        pipe.send(str(error))
+    pipe.recv()
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    fork, processes = multiprocessing.get_context("fork"), []
+
+    def enter():
+        ours, theirs = fork.Pipe()
+        processes.append(fork.Process(target=hold, args=(tmp_path, theirs), daemon=True))
+        processes[-1].start()
+        return ours.recv()
+
+    assert enter() == "in"
+    refusal = f"process {processes[0].pid} is writing into {tmp_path}: wait for it, or choose another folder"
+    assert enter() == refusal
+    with pytest.raises(InputError, match=refusal):
+        RunState(tmp_path, {})
+    assert not (tmp_path / "log.jsonl").exists()
+    processes[0].kill()
+    processes[0].join()
+    assert processes[0].exitcode == -signal.SIGKILL
+    assert enter() == "in"
+    processes[2].kill()
+    processes[2].join()
+    lock_folder(tmp_path)
+    lock_folder(tmp_path)  # its own is no other's
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_harms_nothing(small_disk):
+    run = RunState(small_disk / "run", {"seed": 0})
+    run.log(update=1, loss=0.5)
+    run.save({"update": 1})
+    write_bytes(small_disk / "x.json", b"old")
+    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    with pytest.raises(OSError, match="No space left"), (small_disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    for write, name in (
+        (lambda: write_bytes(small_disk / "x.json", bytes(9000)), "x.json"),
+        (lambda: run.save({"update": 2, "more": bytes(9000).decode()}), "latest.pt"),
+        (lambda: [run.log(update=2, text="x" * 5000)], "log.jsonl"),
+    ):
+        with pytest.raises(InputError, match=rf"cannot write .*{name}: No space left on device"):
+            write()
+    (small_disk / "filler").unlink()
+    run.log_path.write_bytes(before[run.log_path])  # what of a line was written is cut off when the run goes on
+    assert before == {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    assert RunState(small_disk / "run", {"seed": 0}).state == {"update": 1}
+
+
+def test_a_teacher_that_finds_no_room_leaves_nothing(small_disk, unet):
+    with pytest.raises(InputError, match=r"cannot write .*teacher: .*No space left on device"):
+        save_teacher(unet, small_disk / "teacher")
+    assert not list((small_disk / "teacher").iterdir())
+
+
+def test_a_disk_that_is_read_only_is_refused(small_disk):
+    (small_disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(InputError, match=r"cannot write .*log.jsonl: no permission to write into"):
+        RunState(small_disk / "run", {})
+    with pytest.raises(InputError, match=r"cannot write .*new/log.jsonl: Read-only file system"):
+        RunState(small_disk / "new", {})
+
+
+def test_no_room_leaves_no_file_beside(tmp_path, monkeypatch):
+    def refuse(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_bytes(tmp_path / "x.json", b"old")
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(InputError, match=r"cannot write .*x\.json: No space left on device"):
+        write_bytes(tmp_path / "x.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert (tmp_path / "x.json").read_bytes() == b"old"
+
+
+def test_a_folder_that_is_taken_away_is_not_made_again(tmp_path):
+    run = RunState(tmp_path / "run", {})
+    (tmp_path / "run").rename(tmp_path / "away")
+    for write in (lambda: run.log(update=1), lambda: run.save({})):
+        with pytest.raises(InputError, match=r"cannot write .*: No such file or directory"):
+            write()
+    assert not (tmp_path / "run").exists()
