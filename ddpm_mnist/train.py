@@ -253,5 +253,5 @@ def train_teacher(config: TeacherConfig) -> Path:
     ema.copy_to(unet.parameters())
     if processes.is_main():
         save_teacher(unet, config.output, config.eps_scale)
-    run.tracker.finish()
+    run.finish()
     return config.output

@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", message="Metric .* will save all extracted fea
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 # A score is worked out in one process, from all features: torchmetrics must not add up those of other processes.
-LOCAL = {"sync_on_compute": False}
+LOCAL: dict[str, Any] = {"sync_on_compute": False}
 # The k of precision and recall, as in their paper.
 NEIGHBOURS = 3
 # Of a matrix of distances or kernels, as much is held at once: 80 MB.
