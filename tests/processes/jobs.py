@@ -1,6 +1,6 @@
 """The jobs of test_processes.py, each by one process and by two, all forked from one that has imported everything.
 
-`python -P several_processes.py FOLDER` makes FOLDER/<job>/<number of processes>/, and FOLDER/codes.json of exit codes.
+`python jobs.py FOLDER` makes FOLDER/<job>/<number of processes>/, and FOLDER/codes.json of exit codes.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ ROOT = Path(sys.argv[1])
 TEACHER = str(ROOT / "teacher")
 TINY = UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
 BATCH = 4  # of all processes together
+LIMIT = 300  # seconds after which a process that hangs is ended
 STUDENT = [
     "--teacher", TEACHER, "--sampler.num_steps", "3", "--student.rank", "2", "--student.search", "min-max",
     "--num_trajectories", "7", "--calibration_trajectories", "4", "--gain_images", "0", "--distill.num_updates", "4",
@@ -101,8 +102,9 @@ def go_on(folder: Path) -> None:
 def climb(folder: Path) -> None:
     finetune.ladder._write_pictures = lambda *_: None
     base = [word.replace("--", "--base.") for word in STUDENT]
-    words = ["--rungs", '["ptq", "talsq", "full", "full-10-steps"]', "--seeds", "2", "--teacher_steps", "[2]"]
-    words += [*base, "--base.num_images", "3", "--base.grid_columns", "2", "--output", str(folder / "run")]
+    words = ["--rungs", '["ptq", "full", "full-10-steps"]', "--seeds", "1", "--teacher_steps", "[]", *base]
+    words += ["--base.num_images", "3", "--base.grid_columns", "2", "--base.tracker", "tensorboard"]
+    words += ["--output", str(folder / "run")]
     run_command("prog", finetune.ladder.climb, finetune.ladder.LadderConfig, words)
 
 
@@ -111,6 +113,13 @@ def refuse(folder: Path) -> None:
         raise InputError("no such thing")
 
     run_command("prog", lambda config: processes.from_main(refused), TeacherConfig, [])
+
+
+def interrupt(folder: Path) -> None:
+    def interrupted(config) -> None:
+        raise KeyboardInterrupt
+
+    run_command("prog", interrupted, TeacherConfig, [])
 
 
 def fork(number: int, job, folder: Path) -> list[int]:
@@ -123,6 +132,7 @@ def fork(number: int, job, folder: Path) -> list[int]:
     for index in range(number):
         children.append(os.fork())
         if not children[-1]:
+            signal.alarm(LIMIT)
             if number > 1:  # as torchrun has it
                 launched = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
                 os.environ |= {name: str(value) for name, value in launched.items()}
@@ -151,7 +161,7 @@ def main() -> None:
     for job in (share, teach, distill, denoise, climb):
         for number in (1, 2):
             codes[f"{job.__name__} {number}"] = fork(number, job, ROOT / job.__name__ / str(number))
-    for job in (die, go_on, refuse):
+    for job in (die, go_on, refuse, interrupt):
         codes[job.__name__] = fork(2, job, ROOT / job.__name__)
     (ROOT / "codes.json").write_text(json.dumps(codes))
 

@@ -1,6 +1,7 @@
-"""What two processes make is what one makes: `several_processes.py` does the work."""
+"""What two processes make is what one makes: `jobs.py` does the work."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+LIMIT = 900  # seconds after which a process that hangs is ended
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-P", str(Path(__file__).with_name("several_processes.py")), str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(Path(__file__).with_name("jobs.py")), str(folder)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the launchers have it
+    ended = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=LIMIT)
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -36,7 +40,7 @@ def log(folder):
 
 def test_every_job_ends_well_and_the_main_process_alone_speaks(made):
     for job, expected in codes(made).items():
-        if job not in ("die", "refuse"):
+        if job not in ("die", "refuse", "interrupt"):
             err, out = said(made / job.replace(" ", "/"))
             assert set(expected) == {0}, (job, err)
             assert not any(out[1:]), job
@@ -91,10 +95,33 @@ def test_the_ladders_rungs_are_the_same_bytes(made):
             del row["seconds"]
     assert scores[0] == scores[1]
     students = sorted(path.relative_to(one) for path in one.rglob("model.safetensors"))
-    assert len(students) == 4  # ptq, talsq, two of full
+    assert len(students) == 2  # ptq and full
     assert all((one / path).read_bytes() == (two / path).read_bytes() for path in students)
+    for path in students:
+        assert list((two / path).parent.glob("tensorboard/*")), "whichever process made it"
 
 
 def test_what_is_wrong_for_all_is_refused_by_all(made):
     assert codes(made)["refuse"] == [2, 2]
     assert said(made / "refuse")[0] == ["prog: no such thing\n", "prog, process 1: no such thing\n"]
+
+
+def test_the_main_process_says_that_all_are_interrupted(made):
+    assert codes(made)["interrupt"] == [130, 130]
+    assert said(made / "interrupt")[0] == ["prog: interrupted\n", ""]
+
+
+def test_accelerate_starts_as_many_processes_on_cpus_as_it_is_told(tmp_path):
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import os, sys\n"
+        "from ddpm_mnist import processes\n"
+        "ranks = processes.share_out(lambda job: os.environ['RANK'], range(3))\n"
+        "sys.stdout.write(f'{ranks}\\n')\n"
+        "processes.leave()\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    on_cpus = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, "--main_process_port", "0", str(job)]
+    ended = subprocess.run(command, env=on_cpus, capture_output=True, text=True, timeout=LIMIT)
+    assert (ended.returncode, ended.stdout) == (0, "['0', '1', '0']\n" * 2), ended.stderr
