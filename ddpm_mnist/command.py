@@ -101,6 +101,8 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
     except processes.ProcessLost as error:
         _fail(prog, str(error), 1)
     except KeyboardInterrupt:
+        if not processes.is_main():
+            sys.exit(130)  # all are interrupted: the main one says so
         _fail(prog, "interrupted", 130)
 
 

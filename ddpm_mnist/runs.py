@@ -78,7 +78,7 @@ _locks: dict[Path, BinaryIO] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep other processes out of `folder`, which exists, until this one ends, however it does.
+    """Keep other processes out of `folder`, which exists, until `unlock_folder` or until this one ends.
 
     The lock is the system's, on the file `.lock`, which stays. Windows and file systems without locks have none.
     Of several processes that one job was launched as, the main one holds it.
@@ -111,8 +111,15 @@ def _lock_folder(folder: Path) -> None:
     _locks[path] = file
 
 
+def unlock_folder(folder: Path) -> None:
+    """Let other processes into `folder` again, if this one has locked it."""
+    if file := _locks.pop(folder.resolve() / ".lock", None):
+        file.close()
+
+
 class RunState:
-    """The resumable part of a run: `state/latest.pt` and the lines of `log.jsonl` up to it. It locks the folder.
+    """The resumable part of a run: `state/latest.pt` and the lines of `log.jsonl` up to it. Until `finish` it locks
+    the folder.
 
     A state belongs to one configuration. A folder whose state was made by another is refused, so that no
     run continues under settings that its earlier part did not have.
@@ -128,6 +135,7 @@ class RunState:
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any], tracker: str = "none"):
+        self.folder = folder
         self.path = folder / "state" / "latest.pt"
         self.log_path = folder / "log.jsonl"
         self.fingerprint = fingerprint
@@ -209,6 +217,11 @@ class RunState:
         except OSError as error:
             raise _cannot_write(self.log_path, error) from error
         self.tracker.log(row)
+
+    def finish(self) -> None:
+        """End the tracker and unlock the folder: what one process of a ladder has made, another opens next."""
+        self.tracker.finish()
+        unlock_folder(self.folder)
 
 
 def flat(nested: dict[str, Any]) -> dict[str, Any]:

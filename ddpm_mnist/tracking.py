@@ -29,6 +29,8 @@ class Tracker:
             return
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         self._tracker = kind(name, folder) if name == "tensorboard" else kind("efficientdm", name=folder.name)
+        # accelerate would show what its main process logs alone; of a ladder every process has students to show.
+        self._tracker.main_process_only = False
         self._tracker.start()
 
     def log(self, row: dict[str, Any]) -> None:

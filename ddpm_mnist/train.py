@@ -277,5 +277,5 @@ def train_teacher(config: TeacherConfig) -> Path:
             parameter.copy_(torch.stack(weights).mean(0))
     if processes.is_main():
         save_teacher(unet, config.output, config.eps_scale)
-    run.tracker.finish()
+    run.finish()
     return config.output

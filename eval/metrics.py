@@ -22,6 +22,8 @@ warnings.filterwarnings("ignore", message="Metric .* will save all extracted fea
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
+# A score is worked out in one process, from all features: torchmetrics must not add up those of other processes.
+LOCAL: dict[str, Any] = {"sync_on_compute": False}
 # The k of precision and recall, as in their paper.
 NEIGHBOURS = 3
 # Of a matrix of distances or kernels, as much is held at once: 80 MB.
@@ -137,7 +139,7 @@ class Sums:
 
 def fid_of_sums(ours: Sums, theirs: Sums) -> float:
     """FID (arXiv 1706.08500, eq. 6) of two sets of at least two features each."""
-    metric = FrechetInceptionDistance(_Identity(len(ours.sum)))
+    metric = FrechetInceptionDistance(_Identity(len(ours.sum)), **LOCAL)
     metric.update(ours.sum.unsqueeze(0), real=False)  # tells it the type; the sums are replaced
     metric.fake_features_sum, metric.fake_features_cov_sum = ours.sum, ours.outer_sum
     metric.real_features_sum, metric.real_features_cov_sum = theirs.sum, theirs.outer_sum
@@ -172,7 +174,8 @@ def kid(features: Tensor, others: Tensor) -> Estimate:
     Its error has two parts: that of the MMD of all images, and what a mean over random subsets is off from it.
     """
     size = min(KID_SUBSET_SIZE, len(features), len(others))
-    metric = KernelInceptionDistance(_Identity(features.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    identity = _Identity(features.shape[1])
+    metric = KernelInceptionDistance(identity, subsets=KID_SUBSETS, subset_size=size, **LOCAL)
     metric.update(others.double(), real=True)
     metric.update(features.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -220,7 +223,7 @@ def inception_score(logits: Tensor) -> Estimate:
 
     Its error is that of the score of all images at once.
     """
-    metric = InceptionScore(_Identity(logits.shape[1]), splits=min(10, len(logits)))
+    metric = InceptionScore(_Identity(logits.shape[1]), splits=min(10, len(logits)), **LOCAL)
     metric.update(logits.double())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

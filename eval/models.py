@@ -224,4 +224,6 @@ def _load_unet(place: Path) -> UNet2DModel:
     if found["missing_keys"] or found["unexpected_keys"]:
         names = [*found["missing_keys"], *found["unexpected_keys"]]
         raise ValueError(f"its weights do not fit its config: {names[0]} and {len(names) - 1} more")
+    for parameter in unet.parameters():  # as the file is mapped they lie at odd addresses, on which last bits depend
+        parameter.data = parameter.data.clone()
     return unet.eval()

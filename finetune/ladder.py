@@ -205,9 +205,9 @@ def climb(config: LadderConfig) -> Path:
         folder = config.output / name / str(base.seed + number)
         run = rung_config(base, rung.of or name, config.output / (rung.of or name) / folder.name, number)
         if (run.output / "state").exists():
-            RunState(run.output, fingerprint(run, teacher))  # refuses a rung of other settings
+            RunState(run.output, fingerprint(run, teacher)).finish()  # refuses a rung of other settings
         if not (run.output / "config.json").exists():
-            distill_student(run).run.tracker.finish()
+            distill_student(run).run.finish()
         student = dataclasses.replace(load_model(str(run.output), run.runtime), name=name)
         score = _score(folder, student, _drawing(base, rung.num_steps), reference, ruler)
         return {**score, "distillation_seed": run.seed}

@@ -278,7 +278,6 @@ def run(config: RunConfig) -> Path:
     for name, figure in figures.items():
         write_bytes(config.output / f"{name}.png", to_png(figure))
     made.run.tracker.picture("grid", (config.output / "grid.png").read_bytes(), config.distill.num_updates)
-    made.run.tracker.finish()
     write_report(
         config.output / "report.html",
         title=_title(config, models[-1].bits),
@@ -289,6 +288,7 @@ def run(config: RunConfig) -> Path:
         config=(config.output / "config.yaml").read_text("utf-8"),
         **figures,
     )
+    made.run.finish()
     print_scores(scores, ruler.floor)
     print("Bits:", ", ".join(f"{key} {macs:.1%} of the MACs" for key, (_, macs) in shares(layers).items()))
     print(f"Pictures: {', '.join(str(config.output / f'{name}.png') for name in figures)}")

@@ -111,6 +111,16 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
     lock_folder(tmp_path)  # its own is no other's
 
 
+def test_a_run_that_is_finished_leaves_its_folder_to_others(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    run = RunState(tmp_path, {})
+    with (tmp_path / ".lock").open() as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        run.finish()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
