@@ -60,7 +60,8 @@ def test_it_runs_from_top_to_bottom_and_its_steps_are_the_ladders(stored, write_
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    patience = {"timeout": 600, "startup_timeout": 600}  # of each cell, and of the kernel: other work may be in the way
+    NotebookClient(notebook, **patience, resources={"metadata": {"path": str(tmp_path)}}).execute()
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
     assert len(outputs(notebook, "image/png")) == 7
