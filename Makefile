@@ -1,7 +1,7 @@
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup run test docs
+.PHONY: setup run test docs tutorial
 
 setup: .venv/.installed
 
@@ -24,3 +24,8 @@ test: setup
 # The theme tells of its successor in red; that is no warning about these pages.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# The notebook runs from top to bottom, in place. tqdm warns of a package that draws its bars in notebooks; none is drawn.
+tutorial: setup
+	PYTHONWARNINGS='ignore:IProgress not found' .venv/bin/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True docs/tutorial.ipynb

@@ -14,10 +14,10 @@ from torch import Tensor
 from eval.table import Row, bits_product
 
 
-def to_png(figure: Figure) -> bytes:
+def to_png(figure: Figure, dpi: int = 150) -> bytes:
     """A figure as the bytes of a PNG file, its margins cut off."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.08)
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.08)
     return buffer.getvalue()
 
 
@@ -27,7 +27,8 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:
     figure = Figure(figsize=(1.9 + 0.62 * columns, 0.1 + 0.62 * height / width * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, rows, strict=True):
-        axis.imshow(rearrange(images.numpy(), "n h w ... -> h (n w) ..."), cmap="gray", vmin=0, vmax=255)
+        pixels = rearrange(images.numpy(), "n h w ... -> h (n w) ...")
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 import quant
 from ddpm_mnist import command
+from eval.exactness import flipped_shares
 from finetune import cli
 
 ROOT = Path(__file__).parents[1]
@@ -164,8 +165,17 @@ def test_an_own_unet_is_distilled_and_runs_on_integers(page, end, tmp_path, monk
     t, x = min(result["states"].items())
     frozen, integer = result["frozen"](x, t).sample, result["integer"](x, t).sample
     assert torch.equal(quant.QuantizedUNet.from_pretrained(tmp_path / "my-student")(x, t).sample, frozen)
-    error = (integer - frozen).square().mean() / frozen.square().mean()
-    assert error < 0.01
+    # An image in which no code falls to the other side of a border is equal but for rounding. In this network, which
+    # has learned next to nothing, one code that does moves its whole image by some hundredths; so it is within the
+    # simulation, when sums are added in another order. From equal inputs hardly any code does.
+    errors = (integer - frozen).square().mean((1, 2, 3)) / frozen.square().mean()
+    assert errors.min() < 1e-8
+    shares = flipped_shares(result["frozen"], x, t).values()
+    assert max(shares) < 1e-3
+    assert sum(shares) < 1e-4 * len(shares)
+    with torch.no_grad():
+        of_quantization = (frozen - own(x, t).sample).square().mean() / frozen.square().mean()
+    assert errors.mean() < of_quantization
     assert result["loss"] < frozen.square().mean() / 4
 
 
@@ -183,7 +193,7 @@ class Fetched(HTMLParser):
 
 def test_the_site_is_built_without_warnings_and_fetches_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("mkdocs")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     pages = list(tmp_path.rglob("*.html"))
