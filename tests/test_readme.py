@@ -61,7 +61,9 @@ def tables(page):
 def test_scores_are_those_that_the_ladder_wrote(page, written, columns):
     def scores(path):
         found = [table for table in tables(path) if set(columns) <= set(table[0])]
-        return {row[0].split(" (")[0]: [row[head.index(name)] for name in columns] for head, rows in found for row in rows}
+        return {
+            row[0].split(" (")[0]: [row[head.index(name)] for name in columns] for head, rows in found for row in rows
+        }
 
     measured = scores(ROOT / "docs" / written / "ladder.md")
     measured["w4a4"] = measured["full"]  # the released one's rung

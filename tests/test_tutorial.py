@@ -16,14 +16,13 @@ sampler: {{num_steps: 3}}
 student: {{rank: 2}}
 calibration_trajectories: 2
 distill: {{batch_size: 2}}
-gain_images: 4
 """
 # Runs after the notebook's own cells, in its kernel.
 COMPARE = """
 from finetune.ladder import STEPS, rung_config
 
-learned = {"step3": one_rate, "step4": rate_per_layer, "step5": rate_per_layer, "step6": recipe.distill}
-students = {"step2": naive, "step3": qalora, "step4": scale_aware, "step5": talsq, "step6": rollout}
+learned = {"step3": one_rate, "step4": rate_per_layer, "step5": rate_per_layer, "step6": fixed}
+students = {"step2": naive, "step3": qalora, "step4": scale_aware, "step5": talsq, "step6": rollout, "step7": whole}
 for step, student in students.items():
     rung = rung_config(recipe, STEPS[step], folder)
     assert student.quant_config == rung.student, step

@@ -25,7 +25,6 @@ from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from eval.features import load_ruler
 from eval.metrics import measure
 from eval.models import load_model, runnable
-from finetune.gain import noise_left
 from finetune.pipeline import RunConfig, calibration_states, distill_student
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, freeze, quantize
@@ -37,7 +36,7 @@ BATCH = 4  # of all processes together
 LIMIT = 300  # seconds after which a process that hangs is ended
 STUDENT = [
     "--teacher", TEACHER, "--sampler.num_steps", "3", "--student.rank", "2", "--student.search", "min-max",
-    "--num_trajectories", "7", "--calibration_trajectories", "4", "--gain_images", "0", "--distill.num_updates", "4",
+    "--num_trajectories", "7", "--calibration_trajectories", "4", "--distill.num_updates", "4",
     "--distill.warmup_updates", "1", "--distill.log_every", "1", "--distill.save_every", "2",
 ]  # fmt: skip
 
@@ -60,7 +59,6 @@ def share(folder: Path) -> None:
     found = {
         "trajectories": buffer.x, "answers": buffer.answers, "images": images, "student's images": drawn,
         "scores": measure(drawn, images, dataclasses.replace(ruler, reference=few)),
-        "noise": noise_left(teacher.denoiser, drawn, 49),
     }  # fmt: skip
     torch.save(found, folder / f"{rank()}.pt")
 
@@ -78,8 +76,7 @@ def distill(folder: Path, *words: str) -> None:
 
 
 def denoise(folder: Path) -> None:
-    """With a gain besides."""
-    distill(folder, "--distill.objective", "denoising", "--data", str(ROOT / "images.npy"), "--gain_images", "4")
+    distill(folder, "--distill.objective", "denoising", "--data", str(ROOT / "images.npy"))
 
 
 def die(folder: Path) -> None:
