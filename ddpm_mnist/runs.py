@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddpm_mnist import InputError, processes
-from ddpm_mnist.files import one_line, parse_json, read_limited, read_state
+from ddpm_mnist.files import parse_json, read_limited, read_state
 from ddpm_mnist.tracking import Tracker
 
 
@@ -172,7 +172,7 @@ class RunState:
         except InputError:
             raise
         except Exception as error:  # whatever is wrong with a state, it is of no use
-            reason = one_line(str(error) or type(error).__name__)
+            reason = str(error) or type(error).__name__
             raise InputError(
                 f"{self.path} cannot be read; delete {self.path.parents[1]} to start anew ({reason})"
             ) from error
