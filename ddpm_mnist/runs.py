@@ -102,7 +102,7 @@ def _lock_folder(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        owner = file.read().decode()
+        owner = file.read(20).decode(errors="replace")
         raise InputError(f"process {owner} is writing into {folder}: wait for it, or choose another folder") from error
     except OSError:  # no locks here
         return
@@ -137,6 +137,8 @@ class RunState:
     def _open(self, folder: Path) -> dict[str, Any] | None:
         prepare_output(self.log_path)
         lock_folder(folder)
+        for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed while it wrote
+            left.unlink()
         if self.path.exists():
             return self._resume(folder)
         if (folder / "config.json").exists() or (folder / "unet").exists():

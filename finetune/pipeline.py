@@ -204,9 +204,9 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
         student, gain = matched.student, matched.gain
         write_json(config.output / "gain.json", matched.record())
     stopwatch.lap("gain")
-    if processes.is_main():
-        student.save_pretrained(config.output)
     write_json(config.output / "scheduler" / "scheduler_config.json", teacher.schedule.scaled(solver.eps_scale))
+    if processes.is_main():  # last: a folder with a config.json is whole
+        student.save_pretrained(config.output)
     return Made(config, teacher, frozen_ptq, student, gain, stopwatch.seconds, run)
 
 

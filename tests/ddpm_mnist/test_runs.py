@@ -111,6 +111,13 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
     lock_folder(tmp_path)  # its own is no other's
 
 
+def test_what_a_killed_process_had_written_of_a_state_is_taken_away(tmp_path):
+    left = tmp_path / "state" / ".latest.pt.123"
+    write_bytes(left, b"half a st")
+    assert RunState(tmp_path, {}).state is None
+    assert not left.exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
