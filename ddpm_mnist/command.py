@@ -17,8 +17,8 @@ from typing import Any, NoReturn, get_args
 import jsonargparse
 import yaml
 
-from ddpm_mnist import InputError, processes
-from ddpm_mnist.files import one_line, read_limited
+from ddpm_mnist import InputError, one_line, processes
+from ddpm_mnist.files import read_limited
 from ddpm_mnist.runs import write_text
 
 # The YAML files of configs/: in a wheel they are inside this package, in the repository beside it.
@@ -205,7 +205,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The options in `path`: sections and plain values, each once; nothing in it names an object of Python.
 
     Raises:
-        ValueError: it is something else; in one line.
+        ValueError: it is something else.
     """
     text, depth = read_limited(path, MAX_CONFIG_BYTES), 0
     try:
@@ -217,7 +217,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 raise ValueError(f"it is nested more than {MAX_CONFIG_DEPTH} deep")
         content = yaml.load(text, _OnceLoader)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError(one_line(f"{path} cannot be parsed: {error}")) from error
+        raise ValueError(f"{path} cannot be parsed: {error}") from error
     if not isinstance(content, dict | None):
         raise ValueError(f"{path} must hold options with their values, not a {type(content).__name__}")
     return content or {}
@@ -241,13 +241,13 @@ def _check_content(
     for key, value in content.items():
         name = f"{section}{key}"
         if key not in fields:
-            raise ValueError(one_line(f"{path}: {_no_option(name, options)}"))
+            raise ValueError(f"{path}: {_no_option(name, options)}")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 raise ValueError(f"{path}: {name} must hold options with their values")
             _check_content(path, fields[key], value, options, f"{name}.")
         elif isinstance(value, str) and fields[key] not in (str, str | None, Path) and set("&*!{") & set(value):
-            raise ValueError(one_line(f"{path}: {name} must be {fields[key]}, not {value!r}"))
+            raise ValueError(f"{path}: {name} must be {fields[key]}, not {value!r}")
 
 
 def _underscored(word: str) -> str:

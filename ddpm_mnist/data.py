@@ -25,7 +25,6 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_url
 
 from ddpm_mnist import InputError
-from ddpm_mnist.files import one_line
 
 # The sets that `load_labelled` knows: images of 28×28 in one channel.
 LABELLED = ("mnist", "fashion-mnist", "kmnist", "emnist-letters")
@@ -184,7 +183,7 @@ def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     except Exception as error:  # each format breaks in its own way
         reason = str(error) or type(error).__name__
-        raise InputError(one_line(f"{path} cannot be read as an image of 8 bits: {reason}")) from error
+        raise InputError(f"{path} cannot be read as an image of 8 bits: {reason}") from error
     return np.asarray(image) if size in (None, (image.height, image.width)) else _fit(image, size)
 
 
@@ -201,7 +200,7 @@ def _read_array(path: Path) -> NDArray[np.uint8]:
         images = np.array(np.lib.format.open_memmap(path, mode="r"))
     except Exception as error:  # of the head, which is a literal of Python, or of the system
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(one_line(f"{path} cannot be read: {reason}; {right}")) from error
+        raise InputError(f"{path} cannot be read: {reason}; {right}") from error
     if images.dtype != np.uint8:
         raise InputError(f"{path} holds {images.dtype}: {right}")
     if images.ndim == 4 and images.shape[3] == 1:

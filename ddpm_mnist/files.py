@@ -12,15 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_mnist import one_line
+
 # A record of a run, a config of a network: more than this is none.
 MAX_JSON_BYTES = 16 << 20
-MAX_MESSAGE = 1000
-
-
-def one_line(message: str) -> str:
-    """`message` in one line of at most `MAX_MESSAGE` characters, whatever it quotes."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-    return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} …"
 
 
 def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddpm_mnist import InputError, processes
-from ddpm_mnist.files import one_line, parse_json, read_limited, read_state
+from ddpm_mnist.files import parse_json, read_limited, read_state
 from ddpm_mnist.tracking import Tracker
 
 
@@ -102,7 +102,7 @@ def _lock_folder(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        owner = file.read().decode()
+        owner = file.read(20).decode(errors="replace")
         raise InputError(f"process {owner} is writing into {folder}: wait for it, or choose another folder") from error
     except OSError:  # no locks here
         return
@@ -145,6 +145,8 @@ class RunState:
     def _open(self, folder: Path) -> dict[str, Any] | None:
         prepare_output(self.log_path)
         lock_folder(folder)
+        for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed while it wrote
+            left.unlink()
         if self.path.exists():
             return self._resume(folder)
         if (folder / "config.json").exists() or (folder / "unet").exists():
@@ -180,7 +182,7 @@ class RunState:
         except InputError:
             raise
         except Exception as error:  # whatever is wrong with a state, it is of no use
-            reason = one_line(str(error) or type(error).__name__)
+            reason = str(error) or type(error).__name__
             raise InputError(
                 f"{self.path} cannot be read; delete {self.path.parents[1]} to start anew ({reason})"
             ) from error

@@ -145,8 +145,8 @@ def house_schedule() -> Schedule:
 def _alphas_cumprod(fields: Mapping[str, Any]) -> Array:
     count, kind = fields.get("num_train_timesteps", 1000), fields.get("beta_schedule", "linear")
     start, end = fields.get("beta_start", 1e-4), fields.get("beta_end", 0.02)
-    if not isinstance(count, int) or not 1 <= count <= 1_000_000:
-        raise ValueError(f"num_train_timesteps must be a number from 1 to 1,000,000, not {count}")
+    if not isinstance(count, int) or not 1 <= count <= 100_000:
+        raise ValueError(f"num_train_timesteps must be a number from 1 to 100,000, not {count}")
     fraction = np.arange(count) / max(count - 1, 1)
     if fields.get("trained_betas") is not None:
         betas = np.asarray(fields["trained_betas"], np.float64)

@@ -69,7 +69,7 @@ class TeacherConfig:
     seed: int = 0
     """Seeds the initial weights and, with the update's number, everything that an update draws: 0 to 2^32 - 1."""
     log_every: int = 50
-    """Updates between two lines of log.jsonl, at least 1."""
+    """Updates between two lines of log.jsonl, at least 1. A saved state has a line as well."""
     save_every: int = 500
     """Updates between two saved states, at least 1."""
     grid_every: int = 2_500
@@ -244,9 +244,10 @@ def train_teacher(config: TeacherConfig) -> Path:
             done = update + 1
             seconds = seconds_before + time.monotonic() - start
             last = done == num_updates
+            saves = done % config.save_every == 0 or last
             if done in average_at:
                 kept.append([mean.clone() for mean in ema.shadow_params])
-            if done % config.log_every == 0 or last:
+            if done % config.log_every == 0 or saves:  # a run that goes on knows no losses before its state
                 mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
                 run.log(update=done, loss=mean, learning_rate=learning_rate(config, update), seconds=seconds)
@@ -260,7 +261,7 @@ def train_teacher(config: TeacherConfig) -> Path:
                 write_bytes(config.output / "samples" / f"{done:06d}.png", png.getvalue())
                 run.tracker.picture("samples", png.getvalue(), done)
                 ema.restore(unet.parameters())
-            if done % config.save_every == 0 or last:
+            if saves:
                 run.save(
                     {
                         "unet": unet.state_dict(),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ddpm_mnist import InputError, processes
 from ddpm_mnist.data import load_images
-from ddpm_mnist.files import one_line, read_json
+from ddpm_mnist.files import read_json
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Of the ruler's second network, in the folder of the first.
@@ -271,8 +271,8 @@ def _load_folder(folder: Path, second: bool = False) -> Ruler:
             metadata = file.metadata() or {}
     except Exception as error:  # whatever safetensors and torch have to say of a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise InputError(one_line(f'{folder} holds no ruler; "efficientdm features" makes one ({reason})')) from error
+        raise InputError(f'{folder} holds no ruler; "efficientdm features" makes one ({reason})') from error
     if metadata.get("features") != digest:
-        theirs = one_line(str(metadata.get("features")))
+        theirs = metadata.get("features")
         raise InputError(f"{folder}: the statistics are of the network {theirs}, not of {digest}")
     return Ruler(network, statistics, digest, metadata.get("data", "mnist"), network.shape)

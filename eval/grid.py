@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
-from ddpm_mnist.files import one_line, read_json
+from ddpm_mnist.files import read_json
 from ddpm_mnist.runs import prepare_output, write_bytes
 from ddpm_mnist.sampler import SamplerConfig
 from eval.features import load_ruler
@@ -70,7 +70,7 @@ def recorded_fid(model: Model, drawing: DrawConfig) -> str:
             raise ValueError("a score is no number")
         label = "" if score["fid"] is None else fid_label(score["fid"], score["num_images"], same_digit)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(one_line(f"{path} holds no scores: {error}")) from error
+        raise InputError(f"{path} holds no scores: {error}") from error
     eps_scale = model.schedule.eps_scale if drawing.eps_scale is None else drawing.eps_scale
     of_classes = list(drawing.labels), drawing.guidance_scale
     now = drawing.solver, drawing.num_steps, eps_scale, drawing.eta, *of_classes

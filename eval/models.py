@@ -14,7 +14,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from huggingface_hub import snapshot_download
 
 from ddpm_mnist import InputError, processes
-from ddpm_mnist.files import one_line, read_json
+from ddpm_mnist.files import read_json
 from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
 from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
 from ddpm_mnist.unet import PRETRAINED
@@ -150,7 +150,7 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
         _check_network(model)
     except Exception as error:  # whatever diffusers, safetensors or torch have to say of a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(one_line(f'model "{argument}" cannot be loaded from {place}: {reason}')) from error
+        raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
     if own_schedule is None:
         print(f"{place} has no scheduler: DDPM's 1000 linear steps and ε are taken for granted")
     return model

@@ -54,7 +54,7 @@ class DistillConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, above 0."""
     log_every: int = 10
-    """Updates between two lines of log.jsonl, at least 1."""
+    """Updates between two lines of log.jsonl, at least 1. A saved state has a line as well."""
     save_every: int = 50
     """Updates between two saved states, at least 1."""
 
@@ -273,14 +273,14 @@ def fit(
 
             done = update + 1
             seconds = seconds_before + time.monotonic() - start
-            last = done == config.num_updates
-            if done % config.log_every == 0 or last:
+            saves = done % config.save_every == 0 or done == config.num_updates
+            if done % config.log_every == 0 or saves:  # a run that goes on knows no losses before its state
                 mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
                 run.log(update=done, loss=mean, learning_rate_factor=factor, seconds=seconds)
                 run.tracker.log({"update": done, **mean_step_sizes(student)})
                 advance(done, f"loss {mean:.5f}")
-            if done % config.save_every == 0 or last:
+            if saves:
                 save(done, seconds)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddpm_mnist import InputError, processes
-from ddpm_mnist.files import one_line, read_json, read_state
+from ddpm_mnist.files import read_json, read_state
 from ddpm_mnist.runs import RunState, lock_folder, prepare_output, write_bytes, write_json, write_text
 from ddpm_mnist.sampler import to_uint8
 from eval import plots
@@ -296,10 +296,10 @@ def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tens
         if not 0 <= seconds < float("inf"):
             raise ValueError(f"they took {seconds} seconds")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(one_line(f"{path} holds no images of a rung: delete it ({error})")) from error
+        raise InputError(f"{path} holds no images of a rung: delete it ({error})") from error
     for name, now in origin.items():
         if then[name] != now:
-            raise InputError(one_line(f"{path} was drawn with {name} = {then[name]}, now it is {now}: delete it"))
+            raise InputError(f"{path} was drawn with {name} = {then[name]}, now it is {now}: delete it")
     return images, seconds
 
 
@@ -314,11 +314,11 @@ def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Ten
         score = read_json(path)
         check_score(score)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(one_line(f"{path} holds no score: delete it ({error})")) from error
+        raise InputError(f"{path} holds no score: delete it ({error})") from error
     second = ruler.second.digest if ruler.second else "none"
     for name, now in {"features": ruler.digest, "features_second": second, **origin}.items():
         if (then := score.get(name)) != now:
-            raise InputError(one_line(f"{path} has {name} = {then}, now it is {now}: delete it to score anew"))
+            raise InputError(f"{path} has {name} = {then}, now it is {now}: delete it to score anew")
     return score
 
 

@@ -183,9 +183,9 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     processes.copy_from_main(student)
     stopwatch.lap("distillation")
     student = freeze(student)
-    if processes.is_main():
-        student.save_pretrained(config.output)
     write_json(config.output / "scheduler" / "scheduler_config.json", teacher.schedule.scaled(solver.eps_scale))
+    if processes.is_main():  # last: a folder with a config.json is whole
+        student.save_pretrained(config.output)
     return Made(config, teacher, frozen_ptq, student, stopwatch.seconds, run)
 
 

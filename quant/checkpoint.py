@@ -38,14 +38,17 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, f
     }
     content = {"format": FORMAT, **config, "codes": codes}
     content["sha256"] = _digest(content, weights)
-    beside = folder / ".partial"  # a file is whole or not there
+    # Both are written before either takes its name: a full disk leaves a checkpoint that was there as it was.
+    files = {WEIGHTS: weights, CONFIG: (json.dumps(content, indent=2) + "\n").encode()}
+    beside = {name: folder / f".{name}.partial" for name in files}
     try:
-        beside.write_bytes(weights)
-        beside.replace(folder / WEIGHTS)
-        beside.write_text(json.dumps(content, indent=2) + "\n")
-        beside.replace(folder / CONFIG)
+        for name, data in files.items():
+            beside[name].write_bytes(data)
+        for name, path in beside.items():
+            path.replace(folder / name)
     finally:
-        beside.unlink(missing_ok=True)
+        for path in beside.values():
+            path.unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

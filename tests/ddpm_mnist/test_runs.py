@@ -121,6 +121,13 @@ def test_a_run_that_is_finished_leaves_its_folder_to_others(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_what_a_killed_process_had_written_of_a_state_is_taken_away(tmp_path):
+    left = tmp_path / "state" / ".latest.pt.123"
+    write_bytes(left, b"half a st")
+    assert RunState(tmp_path, {}).state is None
+    assert not left.exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     folder = tmp_path / "disk"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_mnist.files import one_line, parse_json, read_json, read_state
+from ddpm_mnist import InputError, one_line
+from ddpm_mnist.files import parse_json, read_json, read_state
 
 MUTANTS = Path(__file__).parent / "mutants.py"
 
@@ -53,6 +54,7 @@ def test_json_has_a_largest_size(tmp_path, monkeypatch):
 def test_a_message_is_one_line_whatever_it_quotes():
     assert one_line("a\nb\x1b[2J\0c\u2028d") == "a b [2J c d"
     assert len(one_line("x" * 10_000)) < 1010
+    assert str(InputError("a\nb")) == "a b"
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,19 @@ def test_images_of_another_drawing_are_refused(config_path, tmp_path, capsys):
         assert "teacher/metrics.json holds no score: delete it" in capsys.readouterr().err
 
 
+def test_a_student_that_was_not_whole_is_made_again(config_path, tmp_path, monkeypatch):
+    def stop(path, value):
+        raise KeyboardInterrupt
+
+    arguments, folder = ["--config", str(config_path), "--rungs", '["ptq"]'], tmp_path / "ladder" / "ptq" / "0"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("finetune.pipeline.write_json", stop)
+        run_command("prog", climb, LadderConfig, arguments)
+    assert (folder / "state" / "latest.pt").is_file()
+    run_command("prog", climb, LadderConfig, arguments)
+    assert (folder / "scheduler" / "scheduler_config.json").is_file()
+
+
 def test_every_rung_is_a_configuration_of_its_own(tmp_path):
     base = RunConfig()
     configs = [rung_config(base, name, tmp_path) for name, rung in RUNGS.items() if not rung.of]

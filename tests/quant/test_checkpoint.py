@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +106,21 @@ def test_files_that_do_not_fit_each_other_are_refused(folder, change, message):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         QuantizedUNet.from_pretrained(folder)
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(folder, student, monkeypatch):
+    def write(path, content):
+        if "config" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, content)
+
+    before, whole = {path: path.read_bytes() for path in folder.iterdir()}, Path.write_bytes
+    other = freeze(student)
+    other.scale_output(2)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "write_bytes", write)
+        other.save_pretrained(folder)
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("step", [None, 1])
