@@ -377,6 +377,7 @@ class Targets:
         unet, self.solver = make_unet(TINY).eval().requires_grad_(False), Solver(SamplerConfig(num_steps=3))
         save_teacher(unet, root / "teacher")
         unet.save_pretrained(root / "shards", max_shard_size="60KB")
+        shards = [path.name for path in sorted((root / "shards").glob("*.safetensors"))]
         self.student, self.buffer = _student(unet, self.solver)
         freeze(self.student).save_pretrained(root / "student")
         shutil.copytree(root / "teacher" / "scheduler", root / "student" / "scheduler")
@@ -420,7 +421,7 @@ class Targets:
             "shards": Target(
                 {
                     "diffusion_pytorch_model.safetensors.index.json": mutate_json,
-                    "diffusion_pytorch_model-00001-of-00002.safetensors": mutate_safetensors,
+                    **dict.fromkeys(shards, mutate_safetensors),
                 },
                 self._read_model,
                 5,
