@@ -133,7 +133,7 @@ def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
             count=len(group),
             fid=mean(group, "fid"),
             spread=spread(group, "fid"),
-            ratio=mean(group, "fid") / teacher.get(group[0]["num_steps"], math.nan),
+            ratio=mean(group, "fid") / (teacher.get(group[0]["num_steps"]) or math.nan),
             fid_second=mean(group, "fid_second"),
             fid_second_spread=spread(group, "fid_second"),
             kid=mean(group, "kid"),

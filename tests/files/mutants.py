@@ -376,6 +376,8 @@ class Targets:
         torch.manual_seed(0)
         unet, self.solver = make_unet(TINY).eval().requires_grad_(False), Solver(SamplerConfig(num_steps=3))
         save_teacher(unet, root / "teacher")
+        unet.save_pretrained(root / "shards", max_shard_size="60KB")
+        shards = [path.name for path in sorted((root / "shards").glob("*.safetensors"))]
         self.student, self.buffer = _student(unet, self.solver)
         freeze(self.student).save_pretrained(root / "student")
         shutil.copytree(root / "teacher" / "scheduler", root / "student" / "scheduler")
@@ -415,6 +417,14 @@ class Targets:
                 },
                 self._read_model,
                 20,
+            ),
+            "shards": Target(
+                {
+                    "diffusion_pytorch_model.safetensors.index.json": mutate_json,
+                    **dict.fromkeys(shards, mutate_safetensors),
+                },
+                self._read_model,
+                5,
             ),
             "state": Target({"state/latest.pt": mutate_state, "log.jsonl": mutate_json_lines}, self._read_state, 12),
             "log": Target({"log.jsonl": mutate_json_lines}, lambda folder: read_log(folder / "log.jsonl"), 5),

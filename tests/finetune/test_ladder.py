@@ -73,6 +73,7 @@ def test_a_row_is_the_mean_over_the_distillations_with_their_spread():
     assert (rung.fid, rung.spread, rung.ratio, rung.count, rung.bits) == (4.0, 1.0, 2.0, 3, "W4A4")
     assert math.isnan(teacher.spread)
     assert math.isnan(few.ratio), "no teacher in 5 steps"
+    assert math.isnan(summarise_scores([{**scores[0], "fid": 0.0}])[0].ratio), "a file may say so"
 
 
 def test_bits_stand_in_the_order_of_their_product():
