@@ -50,7 +50,7 @@ def usage() -> str:
     rows = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     return (
         "usage: efficientdm COMMAND [--config FILE.yaml] [--OPTION VALUE …]\n\n"
-        "A laboratory for low-bit diffusion: a full-precision teacher draws digits, a 2- to 8-bit student learns\n"
+        "A laboratory for low-bit diffusion: a full-precision teacher draws digits, a 1- to 8-bit student learns\n"
         f"from it without data, and both are measured.\n\ncommands:\n{rows}\n\n"
         "`efficientdm COMMAND --help` explains its options, `--print_config` prints them as YAML;\n"
         "`efficientdm --version` tells the version.\n"
