@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ddpm_mnist.command import run_command
 from ddpm_mnist.sampler import SamplerConfig, Solver
 from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from finetune.trajectories import make_trajectories
@@ -67,3 +68,20 @@ def write_config(unet, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Run a command that must refuse its words: exit code 2, one line to stderr, nothing else; that line."""
+
+    def refuse(function, config_class, arguments):
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", function, config_class, arguments)
+        assert caught.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("prog: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return refuse

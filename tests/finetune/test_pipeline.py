@@ -181,13 +181,8 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(config_path, tmp_path
         (["--num_trajectories", "262145"], "num_trajectories must be at most 2^18, 262144, not"),
     ],
 )
-def test_wrong_input_gets_one_line_before_anything_starts(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run_command("prog", run, RunConfig, ["--output", str(tmp_path / "run"), *arguments])
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert message in err
+def test_wrong_input_gets_one_line_before_anything_starts(arguments, message, tmp_path, refuse):
+    assert message in refuse(run, RunConfig, ["--output", str(tmp_path / "run"), *arguments])
     assert not (tmp_path / "run").exists()
 
 
