@@ -41,8 +41,9 @@ class DistillConfig:
     """Take that mean over each layer, for a learning rate of its own (eq. 8), or over the mean of all layers."""
     lr_weights: float = 0.02
     """Learning rate of the weights as a factor of the same mean, at least 0, if they are what is learned."""
-    lr_affine: float = 2e-3
-    """Learning rate, at least 0, of what stays in float beside the adapters: biases and normalisations."""
+    lr_affine: float = 7e-3
+    """Learning rate of what stays in float beside the adapters, at least 0: of biases as a factor of the mean step size
+    of their layer's input, of normalisations as a factor of the mean over all layers. Finer codes ask for less."""
     lr_weight_scales: float = 1e-3
     """Learning rate of the weight step sizes as a factor of the layer's mean one, at least 0."""
     lr_act_scales: float = 5e-3
@@ -179,22 +180,23 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
             learned = [parameter.requires_grad_() for parameter in parameters]
             groups.append({"name": name, "params": learned, "peak_lr": lr, "floor": floor})
 
-    scales = [layer.weight_quantizer.scale.mean().item() for _, layer in student.layers()]
-    common_scale = sum(scales) / len(scales)
+    layers = [layer for _, layer in student.layers()]
+    common_scale = sum(layer.weight_quantizer.scale.mean().item() for layer in layers) / len(layers)
+    common_act_scale = sum(layer.act_quantizer.scale.mean().item() for layer in layers) / len(layers)
     for name, layer in student.layers():
         weights, activations = layer.weight_quantizer, layer.act_quantizer
         weight_scale, act_scale = weights.scale.mean().item(), activations.scale.mean().item()
         unit = weight_scale if config.scale_aware else common_scale
         if config.learn == "adapters":
             learn(f"{name}.lora", [layer.lora_a, layer.lora_b], config.lr_adapters * unit)
-            learn(f"{name}.bias", [layer.bias], config.lr_affine)
+            learn(f"{name}.bias", [layer.bias], config.lr_affine * act_scale)
         else:
             learn(f"{name}.weight", [layer.weight, layer.bias], config.lr_weights * unit)
         learn(f"{name}.weight_scale", [weights.scale], config.lr_weight_scales * weight_scale, weight_scale / 100)
         learn(f"{name}.act_scale", [activations.scale], config.lr_act_scales * act_scale, act_scale / 100)
         learn(f"{name}.act_zero_point", [activations.zero_point], config.lr_zero_points)
     norms = [module for module in student.modules() if isinstance(module, nn.GroupNorm)]
-    lr_norms = config.lr_affine if config.learn == "adapters" else config.lr_weights * common_scale
+    lr_norms = config.lr_affine * common_act_scale if config.learn == "adapters" else config.lr_weights * common_scale
     learn("norms", [parameter for norm in norms for parameter in norm.parameters()], lr_norms)
     return groups
 

@@ -144,6 +144,19 @@ def test_without_scale_awareness_all_layers_have_one_learning_rate(student):
     assert rates.pop() == pytest.approx(0.5 * sum(scales) / len(scales))
 
 
+def test_biases_and_normalisations_move_in_proportion_to_the_activations_step_sizes(student):
+    def rates():
+        groups = {group["name"]: group["peak_lr"] for group in parameter_groups(student, DistillConfig(lr_affine=0.5))}
+        return [groups["norms"], *(groups[f"{name}.bias"] for name, _ in student.layers())]
+
+    scales = [layer.act_quantizer.scale.mean().item() for _, layer in student.layers()]
+    before = rates()
+    assert before == pytest.approx([0.5 * sum(scales) / len(scales), *(0.5 * scale for scale in scales)])
+    for _, layer in student.layers():
+        layer.act_quantizer.scale.data /= 16  # four bits more
+    assert rates() == pytest.approx([rate / 16 for rate in before])
+
+
 @pytest.mark.parametrize("objective", ["per-step", "rollout"])
 def test_distillation_lowers_the_loss(student, solver, buffer, tmp_path, objective):
     config = DistillConfig(
