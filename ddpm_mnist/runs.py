@@ -29,6 +29,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     if not processes.is_main():
         return
+    require_folder(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +110,14 @@ def _lock_folder(folder: Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()).encode())
     _locks[path] = file
+
+
+def require_folder(path: Path) -> None:
+    """InputError if `path` is in a folder that was locked and then taken away: whatever is written would make it anew,
+    without the rest."""
+    for lock in _locks:
+        if path.resolve().is_relative_to(lock.parent) and not lock.exists():
+            raise InputError(f"cannot write {path}: {lock.parent} was taken away")
 
 
 def unlock_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import read_log
+from ddpm_mnist.runs import RunState, read_log
 from ddpm_mnist.train import (
     TeacherConfig,
     draw_batch,
@@ -128,6 +128,21 @@ def test_a_truncated_state_is_refused(tmp_path, monkeypatch):
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"latest\.pt cannot be read"):
         train_teacher(tiny(tmp_path))
+
+
+def test_a_folder_that_is_taken_away_is_not_made_again(tmp_path, monkeypatch):
+    draw_black(monkeypatch)
+    save = RunState.save
+
+    def take_away(run, state):
+        save(run, state)
+        run.folder.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(RunState, "save", take_away)
+    with pytest.raises(InputError, match=r"cannot write .*run: .*run was taken away"):
+        train_teacher(tiny(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "elsewhere" / "state" / "latest.pt").exists()
 
 
 def save_images(path, *shape, seed=0):

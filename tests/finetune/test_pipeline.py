@@ -1,4 +1,6 @@
+import importlib
 import json
+import re
 import signal
 
 import pytest
@@ -266,6 +268,24 @@ def test_a_run_that_is_interrupted_says_so_and_goes_on(config_path, tmp_path, mo
     assert "Going on from update 3 of 3." in capsys.readouterr().out
     assert [row["update"] for row in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("phase", ["finetune.pipeline.freeze", "finetune.pipeline.image_grid"])
+def test_a_folder_that_is_taken_away_is_not_made_again(phase, config_path, tmp_path, monkeypatch, capsys):
+    module, _, name = phase.rpartition(".")
+    function = getattr(importlib.import_module(module), name)
+
+    def take_away(*arguments):
+        if (tmp_path / "run" / "state" / "latest.pt").exists():
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return function(*arguments)
+
+    monkeypatch.setattr(phase, take_away)
+    with pytest.raises(SystemExit) as caught:
+        run_command("prog", run, RunConfig, ["--config", str(config_path)])
+    assert caught.value.code == 2
+    assert re.fullmatch(r"prog: cannot write .*run was taken away\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_factor_on_eps_travels_with_the_student(config_path, tmp_path):
