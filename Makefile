@@ -19,7 +19,7 @@ test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile
 
 # The theme tells of its successor in red; that is no warning about these pages.
 docs: setup

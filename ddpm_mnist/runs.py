@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -79,7 +80,8 @@ _locks: dict[Path, BinaryIO] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep other processes out of `folder`, which exists, until `unlock_folder` or until this one ends.
+    """Keep other processes out of `folder`, which exists, until `unlock_folder` or until this one ends; clear away what
+    a killed one left half-written.
 
     The lock is the system's, on the file `.lock`, which stays. Windows and file systems without locks have none.
     Of several processes that one job was launched as, the main one holds it.
@@ -87,7 +89,12 @@ def lock_folder(folder: Path) -> None:
     Raises:
         InputError: another process writes into the folder.
     """
-    processes.from_main(lambda: _lock_folder(folder))
+
+    def lock() -> None:
+        _lock_folder(folder)
+        _clear_half_written(folder)
+
+    processes.from_main(lock)
 
 
 def _lock_folder(folder: Path) -> None:
@@ -110,6 +117,12 @@ def _lock_folder(folder: Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()).encode())
     _locks[path] = file
+
+
+def _clear_half_written(folder: Path) -> None:
+    for left in (*folder.glob(".*"), *folder.glob("*/.*")):
+        if re.fullmatch(r"\..+\.\d+", left.name) and left.is_file():  # the names that `write_bytes` gives
+            left.unlink()
 
 
 def require_folder(path: Path) -> None:
@@ -154,8 +167,6 @@ class RunState:
     def _open(self, folder: Path) -> dict[str, Any] | None:
         prepare_output(self.log_path)
         lock_folder(folder)
-        for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed while it wrote
-            left.unlink()
         if self.path.exists():
             return self._resume(folder)
         if (folder / "config.json").exists() or (folder / "unet").exists():

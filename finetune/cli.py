@@ -100,3 +100,7 @@ def start(name: str, prog: str, arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, handler)
     function, config_class = getattr(module, command.function), getattr(module, command.config)
     run_command(prog, function, config_class, arguments, command.default)
+
+
+if __name__ == "__main__":
+    main()

@@ -121,11 +121,16 @@ def test_a_run_that_is_finished_leaves_its_folder_to_others(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_what_a_killed_process_had_written_of_a_state_is_taken_away(tmp_path):
-    left = tmp_path / "state" / ".latest.pt.123"
-    write_bytes(left, b"half a st")
+def test_what_a_killed_process_had_half_written_is_taken_away(tmp_path):
+    left = [
+        tmp_path / name for name in ("state/.latest.pt.123", ".metrics.json.7", "scheduler/.scheduler_config.json.80")
+    ]
+    others = [tmp_path / name for name in (".note", ".note.v2", "samples/1.20", "notes/.all/.x.3")]
+    for path in (*left, *others):
+        write_bytes(path, b"half a st")
     assert RunState(tmp_path, {}).state is None
-    assert not left.exists()
+    assert not [path for path in left if path.exists()]
+    assert all(path.exists() for path in others)
 
 
 @pytest.fixture
