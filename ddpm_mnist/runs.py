@@ -3,7 +3,7 @@
 import io
 import json
 import os
-import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +19,9 @@ from ddpm_mnist import InputError, processes
 from ddpm_mnist.files import parse_json, read_limited, read_state
 from ddpm_mnist.tracking import Tracker
 
+# The end of a name, which begins with a dot, while its content is being written.
+HALF = ".half"
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one.
@@ -30,8 +33,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     if not processes.is_main():
         return
-    require_folder(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    _require_folder(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}{HALF}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content)
@@ -65,7 +68,10 @@ def prepare_output(path: Path) -> None:
 
 def _prepare_output(path: Path) -> None:
     try:
+        _require_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+    except InputError:
+        raise
     except OSError as error:
         raise _cannot_write(path, error) from error
     except ValueError as error:  # a name with a zero byte
@@ -89,12 +95,7 @@ def lock_folder(folder: Path) -> None:
     Raises:
         InputError: another process writes into the folder.
     """
-
-    def lock() -> None:
-        _lock_folder(folder)
-        _clear_half_written(folder)
-
-    processes.from_main(lock)
+    processes.from_main(lambda: _lock_folder(folder))
 
 
 def _lock_folder(folder: Path) -> None:
@@ -104,7 +105,9 @@ def _lock_folder(folder: Path) -> None:
 
     path = folder.resolve() / ".lock"
     if path in _locks:
-        return
+        if _is_there(path):
+            return
+        _locks.pop(path).close()
     file = path.open("ab+", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,20 +120,35 @@ def _lock_folder(folder: Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()).encode())
     _locks[path] = file
+    _clear_half_written(path.parent)
 
 
-def _clear_half_written(folder: Path) -> None:
-    for left in (*folder.glob(".*"), *folder.glob("*/.*")):
-        if re.fullmatch(r"\..+\.\d+", left.name) and left.is_file():  # the names that `write_bytes` gives
-            left.unlink()
+def _is_there(lock: Path) -> bool:
+    """Whether the file that this process has locked is still what lies there."""
+    try:
+        return os.path.samestat(os.fstat(_locks[lock].fileno()), lock.stat())
+    except OSError:
+        return False
 
 
-def require_folder(path: Path) -> None:
+def _clear_half_written(folder: Path, depth: int = 2) -> None:
+    """Away with what a killed process left in a folder that is locked, and in those below it that have no lock of their
+    own: a ladder's are two deep."""
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if path.name.startswith(".") and path.name.endswith(HALF):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif depth and path.is_dir() and not path.is_symlink() and not (path / ".lock").exists():
+                _clear_half_written(path, depth - 1)
+
+
+def _require_folder(path: Path) -> None:
     """InputError if `path` is in a folder that was locked and then taken away: whatever is written would make it anew,
     without the rest."""
-    for lock in _locks:
-        if path.resolve().is_relative_to(lock.parent) and not lock.exists():
-            raise InputError(f"cannot write {path}: {lock.parent} was taken away")
+    for lock in list(_locks):
+        if path.resolve().is_relative_to(lock.parent) and not _is_there(lock):
+            _locks.pop(lock).close()  # this job ends here; the next one may make the folder anew
+            raise InputError(f"cannot write {path}: {lock.parent} was taken away, or its .lock")
 
 
 def unlock_folder(folder: Path) -> None:
@@ -221,9 +239,10 @@ class RunState:
         """Keep `state` (tensors, numbers, and containers of them), in one step."""
         if not processes.is_main():
             return
+        _require_folder(self.path)
         try:
             log_bytes = self.log_path.stat().st_size
-        except OSError as error:  # the folder was taken away
+        except OSError as error:
             raise _cannot_write(self.path, error) from error
         content = io.BytesIO()  # of a full disk torch.save itself would tell no OSError
         torch.save({"fingerprint": self.fingerprint, "log_bytes": log_bytes, "state": state}, content)
@@ -237,6 +256,7 @@ class RunState:
             with self.log_path.open("a") as log:
                 log.write(json.dumps(row) + "\n")
         except OSError as error:
+            _require_folder(self.log_path)
             raise _cannot_write(self.log_path, error) from error
         self.tracker.log(row)
 

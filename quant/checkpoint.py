@@ -40,7 +40,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, f
     content["sha256"] = _digest(content, weights)
     # Both are written before either takes its name: a full disk leaves a checkpoint that was there as it was.
     files = {WEIGHTS: weights, CONFIG: (json.dumps(content, indent=2) + "\n").encode()}
-    beside = {name: folder / f".{name}.partial" for name in files}
+    beside = {name: folder / f".{name}.half" for name in files}
     try:
         for name, data in files.items():
             beside[name].write_bytes(data)

@@ -46,9 +46,11 @@ def install(tmp_path):
     def run_install(compiler=None):
         sources, target = tmp_path / "sources", tmp_path / "target"
         for name in SOURCES:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             (sources / name).parent.mkdir(exist_ok=True)
-            copy(ROOT / name, sources / name)
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, sources / name)
         for library in (sources / "quant" / "integer").glob("_core_*"):
             library.unlink()
         environment = {**os.environ, "PYTHONPATH": str(target)}

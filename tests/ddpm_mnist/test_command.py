@@ -98,3 +98,8 @@ def test_an_unknown_command_proposes_the_nearest(monkeypatch, capsys):
         assert caught.value.code == code
         captured = capsys.readouterr()
         assert captured.out + captured.err == out
+
+
+def test_the_module_is_the_program():
+    result = subprocess.run([sys.executable, "-m", "finetune.cli", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "efficientdm 0.1.0\n", "")

@@ -1,5 +1,6 @@
 import errno
 import multiprocessing
+import shutil
 import signal
 import subprocess
 from functools import partial
@@ -122,15 +123,51 @@ def test_a_run_that_is_finished_leaves_its_folder_to_others(tmp_path):
 
 
 def test_what_a_killed_process_had_half_written_is_taken_away(tmp_path):
+    other = RunState(tmp_path / "others" / "run", {})
     left = [
-        tmp_path / name for name in ("state/.latest.pt.123", ".metrics.json.7", "scheduler/.scheduler_config.json.80")
+        tmp_path / name for name in ("state/.latest.pt.123.half", ".metrics.json.7.half", "rung/0/.images.pt.8.half")
     ]
-    others = [tmp_path / name for name in (".note", ".note.v2", "samples/1.20", "notes/.all/.x.3")]
-    for path in (*left, *others):
+    kept = [tmp_path / name for name in (".bashrc.20240101", "x.half", "samples/1.20", "others/run/.log.jsonl.3.half")]
+    for path in (*left, *kept):
         write_bytes(path, b"half a st")
+    (tmp_path / ".abcdefgh.half" / "unet").mkdir(parents=True)  # a teacher's
     assert RunState(tmp_path, {}).state is None
     assert not [path for path in left if path.exists()]
-    assert all(path.exists() for path in others)
+    assert not (tmp_path / ".abcdefgh.half").exists()
+    assert all(path.exists() for path in kept)
+    other.finish()
+
+
+def test_the_names_of_half_written_files_are_those_that_are_taken_away(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(path, target):
+        shutil.copy(path, tmp_path / "copy" / path.name)
+        raise Killed
+
+    (tmp_path / "copy").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "replace", die)
+        write_bytes(tmp_path / "x.json", b"{}")
+    assert len(list((tmp_path / "copy").iterdir())) == 1
+    RunState(tmp_path / "copy", {}).finish()
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [".lock", "log.jsonl"]
+
+
+def test_a_folder_that_was_taken_away_is_refused_once_and_may_then_be_made_anew(tmp_path):
+    run = RunState(tmp_path / "run", {})
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"cannot write .*run was taken away"):
+        run.save({})
+    assert not (tmp_path / "run").exists()
+    RunState(tmp_path / "run", {}).finish()
+    run = RunState(tmp_path / "run", {})
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()  # by someone else
+    with pytest.raises(InputError, match="was taken away"):
+        write_bytes(tmp_path / "run" / "sub" / "x", b"")
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.fixture
@@ -194,10 +231,10 @@ def test_no_room_leaves_no_file_beside(tmp_path, monkeypatch):
     assert (tmp_path / "x.json").read_bytes() == b"old"
 
 
-def test_a_folder_that_is_taken_away_is_not_made_again(tmp_path):
+@pytest.mark.parametrize("write", [lambda run: run.log(update=1), lambda run: run.save({})])
+def test_a_folder_that_is_taken_away_is_not_made_again(write, tmp_path):
     run = RunState(tmp_path / "run", {})
     (tmp_path / "run").rename(tmp_path / "away")
-    for write in (lambda: run.log(update=1), lambda: run.save({})):
-        with pytest.raises(InputError, match=r"cannot write .*: No such file or directory"):
-            write()
+    with pytest.raises(InputError, match=r"cannot write .*: .*run was taken away, or its \.lock"):
+        write(run)
     assert not (tmp_path / "run").exists()

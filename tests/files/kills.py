@@ -13,11 +13,13 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads do not survive a fork
 
 import numpy as np
 import torch
@@ -80,23 +82,21 @@ def start(name: str, root: Path, kill_at_write: int | None = None) -> int:
     """The job's process, which writes into `root/out`, and kills itself in the midst of the write of that number."""
     if pid := os.fork():
         return pid
-    torch.set_num_threads(1)
     log = os.open(root / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     # Seconds are written into files: clocks that stand still and go evenly.
     ticks = itertools.count()
     time.monotonic, time.perf_counter = lambda: 100.0, lambda: float(next(ticks))  # type: ignore[assignment]
-    if kill_at_write is not None:
-        whole, writes = Path.write_bytes, itertools.count()
+    whole, writes = Path.write_bytes, itertools.count()
 
-        def write_bytes(path: Path, content: Any) -> int:
-            if next(writes) == kill_at_write:
-                whole(path, bytes(content)[: len(content) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return whole(path, content)
+    def write_bytes(path: Path, content: Any) -> int:
+        if next(writes) == kill_at_write:
+            whole(path, bytes(content)[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(path, content)
 
-        Path.write_bytes = write_bytes  # type: ignore[method-assign, assignment]
+    Path.write_bytes = write_bytes  # type: ignore[method-assign, assignment]
     code = 99
     try:
         function, config = JOBS[name]
@@ -104,7 +104,10 @@ def start(name: str, root: Path, kill_at_write: int | None = None) -> int:
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        whole(root / "writes", str(next(writes)).encode())
         sys.stdout.flush()
         os._exit(code)
 
@@ -114,8 +117,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def wait(pid: int, kill_at: float = float("inf")) -> float:
-    """Until the process has ended, killed after `kill_at` seconds of processor time at the latest: how many it took."""
+def wait(pid: int, root: Path, kill_at: float = float("inf")) -> tuple[float, bool]:
+    """Until the process has ended, killed after `kill_at` seconds of processor time at the latest: how many seconds it
+    took, and whether it was killed.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it said.
+    """
     used = 0.0
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         used = cpu_seconds(pid)
@@ -125,8 +133,8 @@ def wait(pid: int, kill_at: float = float("inf")) -> float:
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"exit code {code}")
-    return used
+        raise RuntimeError(f"exit code {code}: {(root / 'log').read_text()[-2000:]}")
+    return used, code != 0
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -134,25 +142,25 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def differing(name: str, root: Path, kills: int, seed: int) -> Iterator[tuple[str, list[str]]]:
-    """For each kill of the job what it was, and the files that differ after the second call."""
+def trials(name: str, root: Path, kills: int, seed: int) -> Iterator[tuple[str, bool, list[str]]]:
+    """For each trial of the job what it was, whether it was killed, and the files that differ after the second call."""
     out = root / "out"
-    seconds = wait(start(name, root))
-    whole = content(out)
+    seconds, _ = wait(start(name, root), root)
+    whole, writes = content(out), int((root / "writes").read_bytes())
     shutil.rmtree(out)
     generator = random.Random(seed)
     for number in range(kills):
         if number % 5 < 3:
-            moment = generator.uniform(0.02, seconds)
+            moment = generator.uniform(0.02, 0.95 * seconds)
             what = f"after {moment:.2f} s of {seconds:.2f}"
-            wait(start(name, root), moment)
+            _, killed = wait(start(name, root), root, moment)
         else:
-            write = generator.randrange(len(whole) + 2)
-            what = f"in write {write}"
-            wait(start(name, root, write))
-        wait(start(name, root))
+            write = generator.randrange(writes)
+            what = f"in write {write} of {writes}"
+            _, killed = wait(start(name, root, write), root)
+        wait(start(name, root), root)
         again = content(out)
-        yield what, sorted(path for path in whole.keys() | again.keys() if whole.get(path) != again.get(path))
+        yield what, killed, sorted(path for path in whole.keys() | again.keys() if whole.get(path) != again.get(path))
         shutil.rmtree(out)
 
 
@@ -163,16 +171,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     load_ruler()  # before the forks
-    bad = 0
+    total, bad = 0, 0
     for name in options.jobs:
         with tempfile.TemporaryDirectory(prefix="kills-") as folder:
             write_inputs(Path(folder))
-            for number, (what, files) in enumerate(differing(name, Path(folder), options.kills, options.seed)):
+            for what, killed, files in trials(name, Path(folder), options.kills, options.seed):
+                total += killed
                 bad += bool(files)
+                became = f"differs: {', '.join(files)}" if files else "same"
                 print(
-                    f"{name} {number}: killed {what}: {'differs: ' + ', '.join(files) if files else 'same'}", flush=True
+                    f"{name}: {'killed' if killed else 'ended before it could be killed'} {what}: {became}", flush=True
                 )
-    print(f"{bad} of {options.kills * len(options.jobs)} differ")
+    print(f"{total} killed, {bad} differ")
     return bad > 0
 
 
