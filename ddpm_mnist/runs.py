@@ -33,7 +33,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     if not processes.is_main():
         return
-    _require_folder(path)
+    require_folder(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}{HALF}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,10 @@ def prepare_output(path: Path) -> None:
 
 def _prepare_output(path: Path) -> None:
     try:
-        _require_folder(path)
+        lock = path.parent.resolve() / ".lock"
+        if lock in _locks and not _is_there(lock):  # of an earlier job in this process, which is over
+            _locks.pop(lock).close()
+        require_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     except InputError:
         raise
@@ -105,9 +108,7 @@ def _lock_folder(folder: Path) -> None:
 
     path = folder.resolve() / ".lock"
     if path in _locks:
-        if _is_there(path):
-            return
-        _locks.pop(path).close()
+        return
     file = path.open("ab+", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,7 +143,7 @@ def _clear_half_written(folder: Path, depth: int = 2) -> None:
                 _clear_half_written(path, depth - 1)
 
 
-def _require_folder(path: Path) -> None:
+def require_folder(path: Path) -> None:
     """InputError if `path` is in a folder that was locked and then taken away: whatever is written would make it anew,
     without the rest."""
     for lock in list(_locks):
@@ -239,7 +240,7 @@ class RunState:
         """Keep `state` (tensors, numbers, and containers of them), in one step."""
         if not processes.is_main():
             return
-        _require_folder(self.path)
+        require_folder(self.path)
         try:
             log_bytes = self.log_path.stat().st_size
         except OSError as error:
@@ -256,7 +257,7 @@ class RunState:
             with self.log_path.open("a") as log:
                 log.write(json.dumps(row) + "\n")
         except OSError as error:
-            _require_folder(self.log_path)
+            require_folder(self.log_path)
             raise _cannot_write(self.log_path, error) from error
         self.tracker.log(row)
 

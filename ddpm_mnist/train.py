@@ -19,7 +19,7 @@ from ddpm_mnist import InputError, processes
 from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
 from ddpm_mnist.muon import Muon
-from ddpm_mnist.runs import RunState, progress, restore_optimizer, update_generator, write_bytes
+from ddpm_mnist.runs import RunState, progress, require_folder, restore_optimizer, update_generator, write_bytes
 from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
 from ddpm_mnist.scheduler import check_eps_scale
 from ddpm_mnist.tracking import check_tracker
@@ -277,6 +277,7 @@ def train_teacher(config: TeacherConfig) -> Path:
         for parameter, weights in zip(unet.parameters(), zip(*kept, strict=True), strict=True):
             parameter.copy_(torch.stack(weights).mean(0))
     if processes.is_main():
+        require_folder(config.output / "unet")
         save_teacher(unet, config.output, config.eps_scale)
     run.finish()
     return config.output

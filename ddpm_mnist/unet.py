@@ -7,8 +7,8 @@ from pathlib import Path
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError
 
-from ddpm_mnist import InputError, processes
-from ddpm_mnist.runs import HALF, prepare_output
+from ddpm_mnist import InputError
+from ddpm_mnist.runs import HALF
 from ddpm_mnist.scheduler import EpsilonScalingScheduler
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -87,8 +87,7 @@ def make_sampling_scheduler(eps_scale: float = 1.0) -> EpsilonScalingScheduler:
 def save_teacher(unet: UNet2DModel, folder: Path, eps_scale: float = 1.0) -> None:
     """Write a folder for `DDPMPipeline.from_pretrained`: model_index.json, unet/ and scheduler/."""
     pipeline = DDPMPipeline(unet=unet, scheduler=make_sampling_scheduler(eps_scale))
-    with processes.alone():
-        prepare_output(folder / "model_index.json")
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=HALF, dir=folder) as beside:  # a file is whole or not there
         try:
             pipeline.save_pretrained(beside)

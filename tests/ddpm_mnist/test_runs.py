@@ -170,6 +170,17 @@ def test_a_folder_that_was_taken_away_is_refused_once_and_may_then_be_made_anew(
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_a_job_may_begin_where_an_earlier_one_of_this_process_had_its_folder_taken_away(tmp_path):
+    RunState(tmp_path / "ladder" / "run", {})  # never finished, as after an error
+    shutil.rmtree(tmp_path / "ladder")
+    RunState(tmp_path / "ladder" / "run", {}).finish()
+    lock_folder(tmp_path / "ladder")
+    (tmp_path / "ladder").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="ladder was taken away"):  # between two rungs
+        RunState(tmp_path / "ladder" / "next", {})
+    assert not (tmp_path / "ladder").exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     folder = tmp_path / "disk"

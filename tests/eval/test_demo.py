@@ -41,13 +41,13 @@ def test_a_film_begins_with_the_noise_and_ends_with_the_images(folders):
 
 
 def test_the_share_of_same_digits_is_the_one_of_the_scores():
-    config = DemoConfig(students=["w2a4"], num_steps=10)
+    config = DemoConfig(students=["w2a4"], num_steps=10, columns=32)
     films = [film(load_model(name, "integer"), config.drawing(0)) for name in ("teacher", "w2a4")]
     share = measure(films[1].images, films[0].images)["same_digit"]
     html = rows(films)
     assert html.count("same digit") == 1
     assert f"same digit {share:.0%}" in html
-    assert html.count("<i ") == round(10 * (1 - share)) > 0, "a frame around each of the others"
+    assert html.count("<i ") == round(32 * (1 - share)) > 0, "a frame around each of the others"
 
 
 @pytest.mark.parametrize("seed", ["", "five", "1.5", "-1", "2147483645", "99999999999999999999", "1e3"])
