@@ -95,7 +95,7 @@ def bits_chart(rows: Sequence[Row], baselines: Sequence[str]) -> Figure:
         axis.errorbar(place, row.fid, yerr=spread, fmt="o", color=color, markersize=size)
         axis.annotate(label, (place, row.fid), (6, -3), textcoords="offset points", fontsize=7)
     axis.axhline(rows[0].fid, color="black", linewidth=0.8, linestyle="--", label="teacher, full precision")
-    axis.set_xticks(range(len(places)), places)
+    axis.set_xticks(range(len(places)), places, rotation=45 if len(places) > 6 else 0)
     axis.set(yscale="log", ylabel="FID")
     axis.margins(x=0.2)
     axis.legend()
