@@ -36,7 +36,7 @@ def published_start(
     **conditions: Tensor,
 ) -> QuantizedUNet:
     """A calibrated student whose steps all start alike, on weights that are rounded already."""
-    config = dataclasses.replace(config, bias_correction=False)
+    config = dataclasses.replace(config, bias_correction=False, reconstruction=False)
     common = quantize(unet, dataclasses.replace(config, per_step=False), timesteps)
     calibrate(common, states, **conditions)
     student = quantize(unet, config, timesteps)

@@ -1,4 +1,4 @@
-"""Activation ranges from the float network's own activations, one denoising step at a time; then the biases."""
+"""Activation ranges from the float network's own activations, one denoising step at a time; then weights or biases."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quant.convert import QuantizedUNet, require_student
 from quant.quantizers import ActivationQuantizer, WeightQuantizer, as_number
+from quant.reconstruct import reconstruct
 
 # Values of each layer that the search for a range looks at: the extremes, and a random sample. Of every denoising step,
 # or of all together where one range serves all.
@@ -26,9 +27,11 @@ def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: 
     """Initialise `model`'s activation step sizes and zero points from each step's own activations; correct its biases.
 
     Quantization shifts the mean of a layer's output. Each bias takes the shift back (arXiv 1906.04721, section
-    4.2), layer after layer, so that a layer sees inputs that are corrected already.
+    4.2), layer after layer, so that a layer sees inputs that are corrected already. With `QuantConfig.reconstruction`
+    weights are set anew as well (`quant/reconstruct.py`).
 
-    Of the activations nothing is kept: it takes little more memory than a forward pass of the states of one timestep.
+    Of the activations nothing is kept: it takes little more memory than a forward pass of the states of one timestep,
+    or with reconstruction of eight times as many.
 
     Args:
         states: for each of the clock's timesteps t, states x_t float (N, C, H, W).
@@ -45,7 +48,9 @@ def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: 
     model.eval()
     try:
         _set_ranges(model, by_time, conditions)
-        if model.quant_config.bias_correction:
+        if model.quant_config.reconstruction:
+            _reconstruct(model, by_time, conditions)
+        elif model.quant_config.bias_correction:
             _correct_biases(model, by_time, conditions)
         model.is_calibrated = True
     finally:
@@ -130,6 +135,16 @@ def _correct_biases(model: QuantizedUNet, states: dict[float, Tensor], condition
     for number in range(num_batches):
         with _hooks(layers, partial(correct, number)):
             run(number)
+
+
+def _reconstruct(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
+    """Over one batch that mixes the denoising steps, of four times as many states as one step has, each state twice."""
+    size = len(next(iter(states.values())))
+    places = [(t, i) for i in range(size) for t in states][: max(4 * size, len(states))] * 2
+    x = torch.stack([states[t][i] for t, i in places])
+    rows = {name: values[[i for _, i in places]] for name, values in conditions.items()}
+    with _hooks((layer for _, layer in model.layers()), partial(reconstruct, model.quant_config.search)):
+        model(x, torch.tensor([t for t, _ in places], device=x.device), **rows)
 
 
 def _channel_means(x: Tensor) -> Tensor:

@@ -65,6 +65,9 @@ class QuantConfig:
     """Quantizers of their own for the two halves of a shortcut over a skip concatenation."""
     bias_correction: bool = True
     """Let calibration take back the shift of each layer's mean."""
+    reconstruction: bool = False
+    """Let calibration set each layer's weight and bias anew instead, so that rounding makes up for itself: without any
+    training far nearer to the float network."""
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits, also=FEW)

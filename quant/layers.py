@@ -29,6 +29,7 @@ class QuantLayer(nn.Module):
     """
 
     codes: Tensor | None
+    groups = 1
 
     def __init__(
         self,
@@ -80,6 +81,10 @@ class QuantLayer(nn.Module):
         """The layer's linear map of x under `weight`, plus its bias."""
         raise NotImplementedError
 
+    def inputs_of(self, x: Tensor, places: Tensor) -> Tensor:
+        """What an output is a sum of, at the `places` (M,) over all dimensions but the channels: (M, c_in·k·k)."""
+        raise NotImplementedError
+
 
 class QuantConv2d(QuantLayer):
     """x float (N, c_in, H, W) → (N, c_out, H', W')."""
@@ -89,9 +94,19 @@ class QuantConv2d(QuantLayer):
             raise ValueError(f'only padding_mode "zeros" is supported, not "{layer.padding_mode}"')
         super().__init__(layer, *options)
         self.geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.groups = layer.groups
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, self.bias, *self.geometry)
+
+    def inputs_of(self, x: Tensor, places: Tensor) -> Tensor:
+        stride, padding, dilation, _ = self.geometry
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        for i in (0, 1):
+            x = x.unfold(2 + i, dilation[i] * (self.weight_shape[2 + i] - 1) + 1, stride[i])
+        patches = x[..., :: dilation[0], :: dilation[1]]  # (N, c_in, H', W', k, k), a view
+        n, row, column = torch.unravel_index(places, (len(x), *patches.shape[2:4]))
+        return patches[n, :, row, column].flatten(1)
 
 
 class QuantLinear(QuantLayer):
@@ -99,6 +114,9 @@ class QuantLinear(QuantLayer):
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
+
+    def inputs_of(self, x: Tensor, places: Tensor) -> Tensor:
+        return x.flatten(0, -2)[places]
 
 
 class SkipConv2d(nn.Module):

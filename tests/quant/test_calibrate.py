@@ -146,19 +146,20 @@ unet = UNet2DModel(
     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 ).eval()
 timesteps, x = [20 * number for number in range(40)], torch.randn(16, 1, 32, 32)
-config = QuantConfig(rank=2, per_step=sys.argv[1] == "True")
+config = QuantConfig(rank=2, per_step=sys.argv[1] == "True", reconstruction=sys.argv[2] == "True")
 student = quantize(unet, config, timesteps)
 calibrate(quantize(unet, config, [0]), {0: x})
 with torch.no_grad():
-    forward = peak_memory(lambda: unet(x, 0))
+    forward = peak_memory(lambda: unet(x.repeat(8 if config.reconstruction else 1, 1, 1, 1), 0))
 print(forward, peak_memory(lambda: calibrate(student, dict.fromkeys(timesteps, x))))
 """
 
 
-@pytest.mark.parametrize("per_step", [True, False])
-def test_its_memory_is_that_of_a_forward_pass(per_step):
+@pytest.mark.parametrize(("per_step", "reconstruction"), [(True, False), (False, False), (True, True)])
+def test_its_memory_is_that_of_a_forward_pass(per_step, reconstruction):
     """Whatever the number of layers and of timesteps: nothing of the activations is kept. In a process of its own."""
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(per_step)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEASURE, str(per_step), str(reconstruction)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     forward, peak = run.stdout.split()
     if forward == "None":
         pytest.skip("this system does not tell a process's peak of memory")
