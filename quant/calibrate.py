@@ -24,21 +24,22 @@ STATES_PER_STEP = 16
 
 @torch.no_grad()
 def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: Tensor) -> None:
-    """Initialise `model`'s activation step sizes and zero points from each step's own activations; correct its biases.
+    """Initialise `model`'s activation step sizes and zero points from each step's own activations; then its biases.
 
     Quantization shifts the mean of a layer's output. Each bias takes the shift back (arXiv 1906.04721, section
     4.2), layer after layer, so that a layer sees inputs that are corrected already. With `QuantConfig.reconstruction`
     weights are set anew as well (`quant/reconstruct.py`).
 
-    Of the activations nothing is kept: it takes little more memory than a forward pass of the states of one timestep,
-    or with reconstruction of eight times as many.
+    Of the activations nothing is kept: it takes little more memory than a forward pass of the states of one timestep.
+    Reconstruction takes about twice that of eight times as many states.
 
     Args:
         states: for each of the clock's timesteps t, states x_t float (N, C, H, W).
         conditions: further arguments of the network, a row for each of the N, such as class_labels (N,).
 
     Raises:
-        ValueError: the timesteps are not exactly the clock's, or the model was calibrated or frozen before.
+        ValueError: the timesteps are not exactly the clock's, or the model was calibrated or frozen before; under
+            reconstruction, a layer runs more than once in a forward pass.
     """
     require_student(model)
     if model.is_calibrated:
@@ -78,6 +79,8 @@ def _checked(model: QuantizedUNet, states: Mapping[Any, Tensor], conditions: dic
     for name, values in conditions.items():
         if not isinstance(values, Tensor) or values.dim() < 1 or len(values) != shape[0]:
             raise ValueError(f"{name} must be a tensor with a row for each of {shape[0]} states")
+        if not values.isfinite().all():
+            raise ValueError(f"{name} holds what is no finite number")
     return {t: x.float() for t, x in by_time.items()}
 
 
@@ -138,12 +141,21 @@ def _correct_biases(model: QuantizedUNet, states: dict[float, Tensor], condition
 
 
 def _reconstruct(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
-    """Over one batch that mixes the denoising steps, of four times as many states as one step has, each state twice."""
+    """Over one batch of four times as many states as a denoising step has, spread over the steps, each state twice."""
     size = len(next(iter(states.values())))
-    places = [(t, i) for i in range(size) for t in states][: max(4 * size, len(states))] * 2
+    each = math.ceil(4 * size / len(states))  # of one step, which go on where those of the last step end
+    places = [(t, (row * each + i) % size) for row, t in enumerate(states) for i in range(each)] * 2
     x = torch.stack([states[t][i] for t, i in places])
     rows = {name: values[[i for _, i in places]] for name, values in conditions.items()}
-    with _hooks((layer for _, layer in model.layers()), partial(reconstruct, model.quant_config.search)):
+    seen: set[Any] = set()
+
+    def once(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        if layer in seen:
+            raise ValueError("reconstruction needs a network whose layers run once: turn chunked feed-forward off")
+        seen.add(layer)
+        return reconstruct(model.quant_config.search, layer, inputs, output)
+
+    with _hooks((layer for _, layer in model.layers()), once):
         model(x, torch.tensor([t for t, _ in places], device=x.device), **rows)
 
 

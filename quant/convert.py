@@ -66,8 +66,8 @@ class QuantConfig:
     bias_correction: bool = True
     """Let calibration take back the shift of each layer's mean."""
     reconstruction: bool = False
-    """Let calibration set each layer's weight and bias anew instead, so that rounding makes up for itself: without any
-    training far nearer to the float network."""
+    """Let calibration set each layer's weight and bias anew, so that rounding makes up for itself; `bias_correction` is
+    then part of it."""
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits, also=FEW)

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.functional import fake_quantize
 from quant.layers import QuantLayer
+from quant.quantizers import SMALLEST
 
 # Rows that the least squares of a layer look at, drawn at random: so many for each unknown, and no fewer than this.
 ROWS_PER_COLUMN, FEWEST_ROWS = 8, 8192
 
-# A share of the inputs' mean square, by which they hold to the weight as it was: GPTQ's.
-DAMPING = 0.01
+# A share of the inputs' variance, by which the weight is held to what it was, and one of their square, for inputs that
+# never change: what a mean in float32 leaves of them is noise.
+DAMPING, FLOOR = 0.1, 1e-6
 
 
 @torch.no_grad()
@@ -27,22 +30,25 @@ def reconstruct(search: str, layer: QuantLayer, inputs: tuple[Tensor], _: Any) -
     The batch holds the states twice: the activations of the float network come first, those of the quantized one after
     them, and so they leave the layer.
     """
-    exact = layer.apply_weight(inputs[0].chunk(2)[0], layer.merged_weight())
-    x = layer.act_quantizer(inputs[0]).chunk(2)[1]
+    exact, x = inputs[0].chunk(2)
+    exact = layer.apply_weight(exact, layer.weight)
+    scale, zero_point = (values.chunk(2)[1] for values in layer.act_quantizer.read())
+    x = fake_quantize(x, scale, zero_point, layer.act_quantizer.codes)
     rows, targets = _pairs(layer, x, exact)
     mean, target_mean = rows.mean(1, keepdim=True), targets.mean(1, keepdim=True)
-    rows, targets = rows - mean, targets - target_mean
+    rows -= mean
+    targets -= target_mean
     gram, cross = (rows.mT @ rows).double(), (targets.mT @ rows).double()  # (G, n, n) and (G, c_out / G, n)
-    damping = DAMPING * gram.diagonal(dim1=1, dim2=2).mean() + torch.finfo(torch.float32).tiny
-    gram.diagonal(dim1=1, dim2=2).add_(damping)
-    before = layer.weight.view_as(cross)
-    best = torch.linalg.solve(gram, (cross + damping * before).mT).mT.float()
-    layer.weight_quantizer.initialise(best.view_as(layer.weight), search)
-    layer.weight.copy_(_round_in_turn(layer, best, gram).view_as(layer.weight))
+    variances = gram.diagonal(dim1=1, dim2=2)
+    damping = DAMPING * variances.mean() + FLOOR * rows.shape[1] * mean.square().mean() + SMALLEST
+    variances += damping
+    factor, before = torch.linalg.cholesky(gram), layer.weight.view_as(cross)
+    best = torch.cholesky_solve((cross + damping * before).mT, factor).mT.float()
+    layer.weight_quantizer.initialise(best.reshape(layer.weight_shape), search)
+    layer.weight.copy_(_round_in_turn(layer, best, torch.cholesky_inverse(factor)).view_as(layer.weight))
 
     weight = layer.quantized_weight()
-    shift = target_mean - mean @ weight.view_as(before).mT
-    layer.bias.copy_(shift.flatten())
+    layer.bias.copy_((target_mean - mean @ weight.view_as(before).mT).flatten())
     return torch.cat([exact, layer.apply_weight(x, weight)])
 
 
@@ -60,12 +66,13 @@ def _pairs(layer: QuantLayer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return rows, targets
 
 
-def _round_in_turn(layer: QuantLayer, weight: Tensor, gram: Tensor) -> Tensor:
+def _round_in_turn(layer: QuantLayer, weight: Tensor, inverse: Tensor) -> Tensor:
     """GPTQ: the weight (G, c_out / G, n) as each column was when its turn to be rounded came.
 
-    To round this gives the codes; the adapters that learn on top of it begin as near to its neighbours as any weight.
+    Args:
+        inverse: of the damped Gram matrix of the inputs, (G, n, n).
     """
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True).float()
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
     weight = weight.clone()
     for column in range(weight.shape[-1]):
         now = weight[..., column]

@@ -164,7 +164,7 @@ def test_its_memory_is_that_of_a_forward_pass(per_step, reconstruction):
     if forward == "None":
         pytest.skip("this system does not tell a process's peak of memory")
     # MiB. It was ten times a forward pass, and grew with the timesteps; 32 are for what the allocator keeps.
-    assert float(peak) < 1.5 * float(forward) + 32
+    assert float(peak) < (2.25 if reconstruction else 1.5) * float(forward) + 32
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,8 @@ def test_conditions_need_a_row_for_each_state():
     for labels in (torch.tensor([1]), [0, 1, 2, 0], 1):
         with pytest.raises(ValueError, match="class_labels must be a tensor with a row for each of 4 states"):
             calibrate(student, {900: states}, class_labels=labels)
+    with pytest.raises(ValueError, match="class_labels holds what is no finite number"):
+        calibrate(student, {900: states}, class_labels=torch.full((4,), torch.nan))
     calibrate(student, {900: states}, class_labels=torch.tensor([0, 1, 2, 0]))
 
 
