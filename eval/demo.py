@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, field, fields
 from functools import cache
 from html import escape
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +143,7 @@ def rows(films: list[Film]) -> str:
         f"<output>Step {steps} of {steps}</output></div>"
     ]
     for row, film in enumerate(films):
-        facts, marks, name = [f"{film.milliseconds:.1f} ms per image"], "", escape(Path(film.model.name).name)
+        facts, marks, name = [f"{film.milliseconds:.1f} ms per image"], "", escape(film.model.title)
         if seen and row > 0:
             pairs = list(zip(seen[0], seen[row], strict=True))
             facts.append(f"same digit {sum(a == b for a, b in pairs) / count:.0%}")

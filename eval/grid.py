@@ -85,7 +85,7 @@ def fid_label(fid: float, num_images: int, same_digit: float | None = None) -> s
 
 def row_label(model: Model, fid: str) -> str:
     """Name, bits and what `fid_label` says, a line each."""
-    return "\n".join(line for line in (Path(model.name).name, model.bits, fid) if line)
+    return "\n".join(line for line in (model.title, model.bits, fid) if line)
 
 
 def draw_models(config: GridConfig) -> Path:

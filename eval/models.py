@@ -44,6 +44,12 @@ class Model:
     folder: Path | None = None
 
     @property
+    def title(self) -> str:
+        """Its name in pictures: the last part, and the one before a number, for a ladder's students are RUNG/SEED."""
+        path = Path(self.name)
+        return "/".join(path.parts[-2:]) if path.name.isdecimal() else path.name
+
+    @property
     def bits(self) -> str:
         """ "W4A4", or "full precision"."""
         return "full precision" if self.weight_bits == 32 else bits_label(self.weight_bits, self.act_bits)

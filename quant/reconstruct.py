@@ -18,9 +18,8 @@ from quant.quantizers import SMALLEST
 # Rows that the least squares of a layer look at, drawn at random: so many for each unknown, and no fewer than this.
 ROWS_PER_COLUMN, FEWEST_ROWS = 8, 8192
 
-# A share of the inputs' variance, by which the weight is held to what it was, and one of their square, for inputs that
-# never change: what a mean in float32 leaves of them is noise.
-DAMPING, FLOOR = 0.1, 1e-6
+# A share of the inputs' variance, by which the weight is held to what it was.
+DAMPING = 0.1
 
 
 @torch.no_grad()
@@ -40,7 +39,7 @@ def reconstruct(search: str, layer: QuantLayer, inputs: tuple[Tensor], _: Any) -
     targets -= target_mean
     gram, cross = (rows.mT @ rows).double(), (targets.mT @ rows).double()  # (G, n, n) and (G, c_out / G, n)
     variances = gram.diagonal(dim1=1, dim2=2)
-    damping = DAMPING * variances.mean() + FLOOR * rows.shape[1] * mean.square().mean() + SMALLEST
+    damping = DAMPING * variances.mean() + SMALLEST
     variances += damping
     factor, before = torch.linalg.cholesky(gram), layer.weight.view_as(cross)
     best = torch.cholesky_solve((cross + damping * before).mT, factor).mT.float()

@@ -16,8 +16,8 @@ from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import save_teacher
 from eval.features import load_ruler
 from eval.fid import FidConfig, print_fid
-from eval.grid import GridConfig, draw_models, recorded_fid
-from eval.models import STUDENTS, load_model
+from eval.grid import GridConfig, draw_models, recorded_fid, row_label
+from eval.models import STUDENTS, Model, load_model
 from eval.sample import DrawConfig, SampleConfig, draw, write_samples
 from eval.train_features import FeaturesConfig, load_sets, train_features
 from quant import freeze
@@ -165,6 +165,14 @@ def test_grid_labels_rows_with_recorded_scores(teacher_folder, student_folder, t
     assert recorded_fid(model, scaled.drawing) == "", "of another factor on ε"
     picture = matplotlib.image.imread(output)
     assert picture[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("w4a4", "w4a4"), ("runs/quick", "quick"), ("runs/ladder/w2a4/0", "w2a4/0"), ("7", "7"), ("google/unet", "unet")],
+)
+def test_a_row_is_called_by_what_tells_models_apart(name, title):
+    assert row_label(Model(name, None, None), "").splitlines() == [title, "full precision"]
 
 
 @pytest.mark.parametrize("name", STUDENTS)

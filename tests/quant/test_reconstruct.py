@@ -10,7 +10,7 @@ from quant import QuantConfig, calibrate, freeze, quantize
 from quant.functional import quantize as to_codes
 from quant.layers import QuantConv2d, QuantLinear
 from quant.quantizers import Clock
-from quant.reconstruct import DAMPING, FEWEST_ROWS, FLOOR, reconstruct
+from quant.reconstruct import DAMPING, FEWEST_ROWS, reconstruct
 
 CONVOLUTIONS = [
     {"kernel_size": 3, "padding": 1},
@@ -82,7 +82,6 @@ def test_weights_are_those_of_repeated_least_squares(bits, options):
     assert len(rows) <= FEWEST_ROWS, "all of them are looked at"
     groups = np.split(rows - rows.mean(0), layer.groups, axis=1)
     damping = DAMPING * np.mean([np.square(x).sum(0) for x in groups])
-    damping += FLOOR * len(rows) * np.square(rows.mean(0)).mean()
     found, means = layer.quantized_weight().detach().flatten(1).double().numpy(), np.split(rows.mean(0), layer.groups)
     for channel, row in enumerate(found):
         group = channel * layer.groups // len(found)
@@ -120,7 +119,7 @@ def test_a_layer_whose_input_is_always_the_same_keeps_its_weight():
     constant = torch.randn(12, generator=torch.Generator().manual_seed(3)).expand(20, 3, 12)
     answer = reconstructed(layer, constant, constant + 0.1)
     # Column after column is rounded as it comes, but for what the noise of a mean in float32 says.
-    assert (layer.weight - before).norm() < 0.01 * before.norm()
+    assert (layer.weight - before).norm() < 1e-3 * before.norm()
     torch.testing.assert_close(*answer.chunk(2))  # the bias takes the whole difference
 
 
