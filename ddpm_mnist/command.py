@@ -5,21 +5,23 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
+import re
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 import jsonargparse
 import yaml
 
 from ddpm_mnist import InputError, one_line, processes
 from ddpm_mnist.files import read_limited
-from ddpm_mnist.runs import write_text
+from ddpm_mnist.runs import flat, write_text
 
 # The YAML files of configs/: in a wheel they are inside this package, in the repository beside it.
 CONFIGS = Path(__file__).parent / "configs"
@@ -55,13 +57,15 @@ def run_command(
     Args:
         default: what `--config` is where the arguments have none.
     """
-    if not processes.is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lasts)
+    with one_line_errors(prog):
+        if not processes.is_main():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lasts)
     parser = _make_parser(prog, function, config_class, default)
     options = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
     words = [_underscored(word) for word in arguments]
     if default and not any(word.partition("=")[0] == "--config" for word in words):
         words = ["--config", default, *words]
+        parser.set_defaults(flat(read_yaml(CONFIGS / f"{default}.yaml")))  # for the help to tell
     try:
         for word in words:
             option, _, _ = word.partition("=")
@@ -70,8 +74,9 @@ def run_command(
         parsed = parser.instantiate(parser.parse_args(_with_config_files(words, config_class, options)))
         del parsed["config"]
         config = config_class(**vars(parsed))
+        _refuse_no_numbers(dataclasses.asdict(config))
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, OverflowError) as error:
-        _fail(prog, str(error), 2)
+        _fail(prog, _in_our_words(str(error), parser), 2)
     with one_line_errors(prog, str(getattr(config, "output", ""))):
         result = function(config)
         processes.leave()
@@ -89,10 +94,16 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
         yield
     except InputError as error:
         _fail(prog, str(error), 2)
+    except BrokenPipeError:
+        _fail(prog, "whoever was reading the output has gone", 2)
     except OSError as error:
         _fail(prog, str(error) if error.filename or not output else f"{output}: {error}", 2)
     except MemoryError as error:
         _fail(prog, f"there is not enough memory ({str(error) or 'MemoryError'})", 2)
+    except RuntimeError as error:
+        if "not enough memory" not in str(error):  # torch's allocator on a CPU
+            raise
+        _fail(prog, f"there is {str(error)[str(error).index('not enough memory') :]}", 2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRAS:
@@ -104,6 +115,38 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
         if not processes.is_main():
             sys.exit(130)  # all are interrupted: the main one says so
         _fail(prog, "interrupted", 130)
+
+
+def _refuse_no_numbers(values: dict[str, Any]) -> None:
+    """ValueError where a number is NaN or infinite: no option has a use for either."""
+    for name, value in flat(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a number, not {value}")
+
+
+def _in_our_words(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """What the parser says of a value of the wrong type, with the option's name and what it takes."""
+    if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+        return f"--{missing[1]} is missing"
+    wrong = re.match(r'Parser key "([\w.]+)":', message)
+    action = next((action for action in parser._actions if wrong and action.dest == wrong[1]), None)
+    if not wrong or action is None:
+        return message
+    hint = getattr(action, "_typehint", action.type)
+    if hint is None:
+        return f"--{action.dest} is a section: its options are --{action.dest}.NAME"
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    return f"--{action.dest} must be {_kind(hint)}" + (f", not {value[1]}" if value else "")
+
+
+def _kind(hint: Any) -> str:
+    """What an option of that type takes, in words."""
+    if get_origin(hint) is tuple:
+        return "a list such as [1,2]" if int in get_args(hint) else "a list such as [a,b]"
+    if several := get_args(hint):
+        return " or ".join(_kind(one) for one in several)
+    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null", Path: "a path"}
+    return words.get(hint, "a text")
 
 
 def _make_parser(
@@ -196,8 +239,12 @@ def _with_config_files(words: list[str], config_class: type, options: Collection
             path = next((path for path in (Path(value), CONFIGS / f"{value}.yaml") if path.is_file()), None)
             if path is None:
                 raise ValueError(f'no configuration "{value}": neither a file nor one of {_config_names()}')
-            _check_content(path, config_class, read_yaml(path), options)
+            content = read_yaml(path)
+            _check_content(path, config_class, content, options)
             words[at if equals else at + 1] = f"--config={path}" if equals else str(path)
+            if not content:  # nothing but comments: the parser's reader wants at least an option
+                del words[at : at + (1 if equals else 2)]
+                return _with_config_files(words, config_class, options)
     return words
 
 
@@ -246,6 +293,8 @@ def _check_content(
             if not isinstance(value, dict):
                 raise ValueError(f"{path}: {name} must hold options with their values")
             _check_content(path, fields[key], value, options, f"{name}.")
+        elif value is None and type(None) not in get_args(fields[key]):
+            raise ValueError(f"{path}: {name} must be {_kind(fields[key])}, not null")
         elif isinstance(value, str) and fields[key] not in (str, str | None, Path) and set("&*!{") & set(value):
             raise ValueError(f"{path}: {name} must be {fields[key]}, not {value!r}")
 

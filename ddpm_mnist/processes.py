@@ -38,9 +38,29 @@ class ProcessLost(Exception):
 
 
 def state() -> PartialState:
-    """accelerate's view of the processes and of this one's device; the first call joins them."""
+    """accelerate's view of the processes and of this one's device; the first call joins them.
+
+    Raises:
+        InputError: the environment speaks of processes that are not there, as one that a launcher left behind does.
+    """
+    global _alone
+    try:
+        return _joined()
+    except Exception as error:  # of int, of accelerate, of torch's store, or of a backend
+        _alone = True  # to say so
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"the environment's WORLD_SIZE, RANK and the like do not fit each other ({reason}): "
+            "unset them, or start with accelerate launch"
+        ) from error
+
+
+def _joined() -> PartialState:
     # A Mac's GPU cannot be shared among processes.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    number, of = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not 0 <= number < of:
+        raise ValueError(f"process {number} of {of}")
+    several = of > 1
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     no_gpu = accelerator is None or (several and accelerator.type == "mps")
     return PartialState(parse_flag_from_env("ACCELERATE_USE_CPU") or no_gpu, timeout=TIMEOUT)

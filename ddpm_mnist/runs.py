@@ -34,6 +34,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     if not processes.is_main():
         return
     require_folder(path)
+    path = path.resolve() if path.is_symlink() else path  # the link stays one
     beside = path.with_name(f".{path.name}.{os.getpid()}{HALF}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +76,16 @@ def _prepare_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except InputError:
         raise
+    except FileExistsError as error:
+        raise InputError(f"cannot write {path}: {error.filename} is a file, and no folder") from error
     except OSError as error:
         raise _cannot_write(path, error) from error
     except ValueError as error:  # a name with a zero byte
         raise InputError(f"cannot write {str(path)!r}: {error}") from error
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
+    if path.exists() and not path.is_file():
+        raise InputError(f"cannot write {path}: it is a device, and no file")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"cannot write {path}: no permission to write into {path.parent}")
 
@@ -102,26 +107,40 @@ def lock_folder(folder: Path) -> None:
 
 
 def _lock_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
     path = folder.resolve() / ".lock"
     if path in _locks:
         return
     file = path.open("ab+", buffering=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock_file(file)
     except BlockingIOError as error:
         file.seek(0)
         owner = file.read(20).decode(errors="replace")
         raise InputError(f"process {owner} is writing into {folder}: wait for it, or choose another folder") from error
-    except OSError:  # no locks here
-        return
-    file.truncate(0)
-    file.write(str(os.getpid()).encode())
-    _locks[path] = file
-    _clear_half_written(path.parent)
+    if locked:
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        _locks[path] = file
+        _clear_half_written(path.parent)
+
+
+def lock_file(file: BinaryIO) -> bool:
+    """Lock an open file until it is closed or this process ends; False where the system or its disk has no locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def _is_there(lock: Path) -> bool:
@@ -158,6 +177,12 @@ def unlock_folder(folder: Path) -> None:
         file.close()
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether something lies there that a model is made of, which is not to be written over."""
+    parts = ("config.json", "unet", "model_index.json", "model.safetensors", "model.onnx", "scheduler", "metrics.json")
+    return any((folder / part).exists() for part in parts)
+
+
 class RunState:
     """The resumable part of a run: `state/latest.pt` and the lines of `log.jsonl` up to it. Until `finish` it locks
     the folder.
@@ -188,7 +213,7 @@ class RunState:
         lock_folder(folder)
         if self.path.exists():
             return self._resume(folder)
-        if (folder / "config.json").exists() or (folder / "unet").exists():
+        if holds_model(folder):
             raise InputError(f"{folder} holds a model but no state to go on from: choose another output folder")
         write_text(self.log_path, "")
         return None

@@ -325,11 +325,16 @@ def sample(
 
     Image i starts from the noise of seed + i. `progress` is called after each batch with the number that are done.
     Several processes share out the batches; each gets all images.
+
+    Raises:
+        InputError: the model overflows.
     """
 
     def draw(seeds: range) -> Tensor:
         for step in denoise(denoiser, solver, seeds, device):
             x = step.x_next
+        if not x.isfinite().all():
+            raise InputError("the model's answers are no finite numbers")
         return to_uint8(x)
 
     parts = list(batches(seed, num_images, batch_size))

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import random
 import re
 import socket
@@ -271,6 +272,9 @@ def launch(page: Any, config: DemoConfig) -> str:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"the page cannot be served at {config.host}, port {config.port}: {reason}") from error
+    # Gradio asks the page once whether it is there; a proxy would not know it.
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), config.host]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, direct))
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     _, address, _ = page.launch(
         server_name=config.host, server_port=port, theme=theme, css=FRAME_CSS,

@@ -7,7 +7,7 @@ from pathlib import Path
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import prepare_output, write_json
+from ddpm_mnist.runs import holds_model, prepare_output, write_json
 from eval.models import load_model
 from quant import QuantizedUNet
 from quant.export import export_onnx
@@ -39,9 +39,8 @@ def export(config: ExportConfig) -> Path:
     if packed and not isinstance(model.denoiser, QuantizedUNet):
         raise InputError(f'"{config.model}" is of full precision: only a student has codes to pack')
     path = config.output / ("model.safetensors" if packed else "model.onnx")
-    for existing in (path, config.output / "config.json"):
-        if existing.exists():
-            raise InputError(f"{existing} exists: choose another output")
+    if holds_model(config.output):
+        raise InputError(f"{config.output} holds a model: choose another output")
     prepare_output(path)
     if packed:
         model.denoiser.save_pretrained(config.output)

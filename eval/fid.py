@@ -41,6 +41,8 @@ class FidConfig(DrawConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.output.suffix != ".json":
+            raise ValueError(f"output must end in .json, not {self.output}")
         if self.num_images < 2:
             raise ValueError(f"num_images must be at least 2, not {self.num_images}: a covariance needs two")
 

@@ -193,6 +193,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _refuse_latents(place: Path) -> None:
     """ValueError where a pipeline has more than the network and its scheduler: its network draws something else."""
+    place = place.resolve()
     for path in (place / "model_index.json", place.parent / "model_index.json"):
         if path.is_file() and (path.parent == place or place.name == "unet"):
             parts = {name for name, value in read_config(path).items() if isinstance(value, list) and any(value)}
@@ -203,12 +204,20 @@ def _refuse_latents(place: Path) -> None:
 
 
 def _load_schedule(place: Path) -> Schedule | None:
-    """What the scheduler beside the network in `place` says; None where there is none."""
+    """What the scheduler beside the network in `place` says; None where there is none.
+
+    Raises:
+        ValueError: its pipeline names one, but it is not there.
+    """
+    place = place.resolve()  # the folder of a pipeline's network may be reached by a link, or be the current one
     folders = [place, place.parent] if place.name == "unet" else [place]
     for folder in folders:
         for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
             if path.is_file():
                 return read_schedule(read_config(path))
+        index = folder / "model_index.json"
+        if index.is_file() and (named := read_config(index).get("scheduler")) and any(named):
+            raise ValueError(f"its pipeline names the scheduler {named[-1]}, but has no scheduler_config.json")
     return None
 
 

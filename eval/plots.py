@@ -29,7 +29,7 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:
     for axis, (label, images) in zip(axes, rows, strict=True):
         pixels = rearrange(images.numpy(), "n h w ... -> h (n w) ...")
         axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     return figure

@@ -9,16 +9,17 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ddpm_mnist import InputError
 from ddpm_mnist.noise import STREAM
 from ddpm_mnist.processes import count, from_main
-from ddpm_mnist.runs import prepare_output, progress, write_bytes
+from ddpm_mnist.runs import lock_file, prepare_output, progress, write_bytes
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, check_runtime, load_model
 from quant import IntegerUNet
@@ -43,6 +44,8 @@ class DrawConfig(SamplerConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_runtime(self.runtime)
+        if self.num_images > SEED_LIMIT:
+            raise ValueError(f"num_images must be at most 2^31, not {self.num_images}")
         if not 0 <= self.seed <= SEED_LIMIT - self.num_images:
             raise ValueError(f"seed must lie in 0…2^31 - num_images, not {self.seed}")
 
@@ -119,6 +122,8 @@ def write_array(model: Model, config: DrawConfig, path: Path) -> None:
     digest = hashlib.sha256(decides.encode()).hexdigest()[:12]
     beside = path.with_name(f".{path.name}.{digest}.partial")
     solver, device = model.solver(config), model.denoiser.device
+    held: list[BinaryIO] = []  # by the main process
+    from_main(lambda: held.append(_lock(beside)))
     done = from_main(lambda: _begin_array(beside, config, stored_shape(model)))
     with progress(f"sampling {model.name}", config.num_images, done) as advance:
         while done < config.num_images:
@@ -130,13 +135,22 @@ def write_array(model: Model, config: DrawConfig, path: Path) -> None:
     from_main(lambda: _end_array(beside, path))
 
 
+def _lock(beside: Path) -> BinaryIO:
+    """The file, locked for as long as it is open; InputError where another process draws into it."""
+    file = beside.open("ab")
+    try:
+        lock_file(file)
+    except BlockingIOError as error:
+        raise InputError(f"another process is drawing these images: {beside} is its file") from error
+    return file
+
+
 def _begin_array(beside: Path, config: DrawConfig, one: tuple[int, ...]) -> int:
     """Cut the file back to whole batches, or begin it; the number of images that it has."""
     header = io.BytesIO()
     described = {"descr": "|u1", "fortran_order": False, "shape": (config.num_images, *one)}
     np.lib.format.write_array_header_1_0(header, described)
     begin, size = header.getvalue(), math.prod(one)
-    beside.touch()
     with beside.open("r+b") as file:
         done = (beside.stat().st_size - len(begin)) // (size * config.batch_size) * config.batch_size
         if file.read(len(begin)) != begin or done > config.num_images:
@@ -155,7 +169,7 @@ def _append(beside: Path, content: bytes) -> None:
 
 
 def _end_array(beside: Path, path: Path) -> None:
-    beside.replace(path)
+    beside.replace(path.resolve() if path.is_symlink() else path)
     for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # begun with other settings
         other.unlink(missing_ok=True)
 

@@ -28,7 +28,8 @@ COMMANDS = {
         default="quick",
     ),
     "distill": Command(
-        "finetune.pipeline", "distill_student", "RunConfig", "Make a student, without scores, grid and report"
+        "finetune.pipeline", "distill_student", "RunConfig", "Make a student, without scores, grid and report",
+        default="quick",
     ),
     "ladder": Command("finetune.ladder", "climb", "LadderConfig", "What each technique gives, and what each bit costs"),
     "sample": Command("eval.sample", "write_samples", "SampleConfig", "Draw images with a model"),
@@ -60,6 +61,8 @@ def usage() -> str:
 
 def main() -> None:
     """Run the subcommand that the command line names."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the caller)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # Windows gives a pipe an encoding that has no ε and no ↓
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -1,6 +1,7 @@
 """The ladder: what each technique gives, and what each bit costs, on one teacher with one ruler."""
 
 import dataclasses
+import difflib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -145,7 +146,11 @@ class LadderConfig:
         named = self._named()
         unknown = [name for name in named if name not in (*RUNGS, "teacher")]
         if unknown:
-            raise ValueError(f"no rung {unknown[0]}; there are {', '.join((*RUNGS, *STEPS, 'teacher'))}")
+            names = (*RUNGS, *STEPS, "teacher")
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            raise ValueError(
+                f"no rung {unknown[0]}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}")
+            )
         if not named or len(set(named)) < len(named):
             raise ValueError(f"rungs must name different rungs, at least one, not {list(self.rungs)}")
         if self.seeds < 1:
@@ -203,6 +208,7 @@ def climb(config: LadderConfig) -> Path:
     def score_student(name: str, number: int) -> dict[str, Any]:
         rung = RUNGS[name]
         folder = config.output / name / str(base.seed + number)
+        print(f"Rung {name}, seed {base.seed + number}.")
         run = rung_config(base, rung.of or name, config.output / (rung.of or name) / folder.name, number)
         if (run.output / "state").exists():
             RunState(run.output, fingerprint(run, teacher)).finish()  # refuses a rung of other settings

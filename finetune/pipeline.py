@@ -81,6 +81,8 @@ class RunConfig:
             raise ValueError(f'recipe must be "distill" or "published", not "{self.recipe}"')
         if self.lr_factor <= 0:
             raise ValueError(f"lr_factor must be positive, not {self.lr_factor}")
+        if self.lr_factor != 1 and self.recipe != "published":
+            raise ValueError('lr_factor must be 1 but for the recipe "published"')
         for name in ("teacher_steps", "num_trajectories", "calibration_trajectories", "batch_size", "grid_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -94,6 +96,8 @@ class RunConfig:
             raise ValueError(f"num_trajectories must be at most 2^18, {NOISES}, not {self.num_trajectories}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed must lie in 0…{MAX_SEED}, not {self.seed}")
+        if self.num_images > SEED_LIMIT:
+            raise ValueError(f"num_images must be at most 2^31, not {self.num_images}")
         if not 0 <= self.score_seed <= SEED_LIMIT - self.num_images:
             raise ValueError(f"score_seed must lie in 0…2^31 - num_images, not {self.score_seed}")
         if self.distill.rollout_steps > self.sampler.num_steps and self.distill.objective == "rollout":
@@ -166,11 +170,13 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     timesteps = solver.timesteps.tolist()
     states = calibration_states(buffer, solver, config.calibration_trajectories)
     conditions = {} if buffer.labels is None else {"class_labels": buffer.labels[: config.calibration_trajectories]}
-    if config.recipe == "published":
-        ptq = published_start(teacher.denoiser, config.student, timesteps, states, **conditions)
-    else:
-        ptq = quantize(teacher.denoiser, config.student, timesteps)
-        calibrate(ptq, states, **conditions)
+    with progress("calibration", 1) as advance:
+        if config.recipe == "published":
+            ptq = published_start(teacher.denoiser, config.student, timesteps, states, **conditions)
+        else:
+            ptq = quantize(teacher.denoiser, config.student, timesteps)
+            calibrate(ptq, states, **conditions)
+        advance(1)
     processes.copy_from_main(ptq)
     frozen_ptq = freeze(ptq)
     stopwatch.lap("calibration")
@@ -373,7 +379,9 @@ def _facts(config: RunConfig, made: Made, distillation: float) -> list[str]:
     else:
         what = f"the objective “{options.objective}”"
     adapted = config.recipe == "published" or options.learn == "adapters"
-    learned = f"adapters of rank {bits.rank}" if adapted else "the weights"
+    learned = f"adapters of rank {bits.rank}" if adapted else "weights, biases, normalisations"
+    if config.recipe == "distill" and adapted and options.lr_affine:
+        learned += ", biases, normalisations"
     return [
         f"The teacher denoised {config.num_trajectories} noises with {config.teacher_sampler.solver} in "
         f"{config.teacher_sampler.num_steps} steps ({seconds['trajectories']:.0f} s). "

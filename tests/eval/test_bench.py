@@ -121,7 +121,11 @@ def test_a_student_is_exported_in_its_real_bits_and_as_onnx(folders, tmp_path, c
     [
         ("export", ["--format", "pickle"], 'format must be "onnx" or "packed", not "pickle"'),
         ("export", ["--model", "{teacher}", "--format", "packed"], "only a student has codes to pack"),
-        ("export", ["--model", "{student}", "--format", "packed", "--output", "{student}"], "exists: choose another"),
+        (
+            "export",
+            ["--model", "{student}", "--format", "packed", "--output", "{student}"],
+            "holds a model: choose",
+        ),
         ("bench", ["--student", "{teacher}"], "is no student: a run folder or a released student is needed"),
         ("bench", ["--batch_sizes", "[0]"], "batch_sizes must name sizes of at least 1, not [0]"),
         ("bench", ["--teacher", "{student}", "--student", "{student}"], "the teacher must be of full precision"),

@@ -618,6 +618,7 @@ def main() -> None:
                 )
         if child.returncode:
             print(f"FAULT: the process of {first}… ended with {child.returncode}: {child.stderr[-2000:]}")
+        print(f"{outcomes.total():,} of {options.count:,} tried", file=sys.stderr, flush=True)
     for key, number in sorted(outcomes.items()):
         print(f"{key}: {number}")
     print("most memory, MiB:", most)
