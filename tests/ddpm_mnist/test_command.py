@@ -8,6 +8,7 @@ import pytest
 
 from ddpm_mnist.command import run_command
 from finetune.cli import COMMANDS, main
+from finetune.pipeline import RunConfig
 
 
 def load(name):
@@ -103,3 +104,41 @@ def test_an_unknown_command_proposes_the_nearest(monkeypatch, capsys):
 def test_the_module_is_the_program():
     result = subprocess.run([sys.executable, "-m", "finetune.cli", "--version"], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "efficientdm 0.1.0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--num_images", "abc"], "--num_images must be a whole number, not abc"),
+        (["--sampler.eps_scale", "x"], "--sampler.eps_scale must be a number or null, not x"),
+        (["--sampler.labels", "3"], "--sampler.labels must be a list such as [1,2], not 3"),
+        (["--student", "4"], "--student is a section: its options are --student.NAME"),
+        (["--distill.lr_adapters", "1e999"], "distill.lr_adapters must be a number, not inf"),
+        (["--num_images", "100000000000"], "num_images must be at most 2^31, not 100000000000"),
+        (["--lr_factor", "2"], 'lr_factor must be 1 but for the recipe "published"'),
+    ],
+)
+def test_a_wrong_value_is_told_in_the_options_own_words(words, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command("prog", lambda config: None, RunConfig, words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"prog: {line}\n"
+
+
+def test_a_file_of_comments_changes_nothing_and_null_is_no_number(tmp_path, capsys):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    (tmp_path / "null.yaml").write_text("seed: null\n")
+    assert (
+        run_command("prog", lambda config: config, RunConfig, ["--config", str(tmp_path / "empty.yaml")]) == RunConfig()
+    )
+    with pytest.raises(SystemExit):
+        run_command("prog", lambda config: None, RunConfig, ["--config", str(tmp_path / "null.yaml")])
+    assert "seed must be a whole number, not null" in capsys.readouterr().err
+
+
+def test_the_help_tells_the_defaults_of_the_usual_config(capsys):
+    with pytest.raises(SystemExit):
+        run_command("prog", lambda config: None, RunConfig, ["--help"], default="quick")
+    assert "Run folder. A run that was interrupted goes on from its last state. Default: runs/quick." in " ".join(
+        capsys.readouterr().out.split()
+    )

@@ -10,7 +10,16 @@ import pytest
 from rich.console import Console
 
 from ddpm_mnist import InputError, runs
-from ddpm_mnist.runs import RunState, lock_folder, progress, span, write_bytes
+from ddpm_mnist.runs import (
+    RunState,
+    lock_file,
+    lock_folder,
+    prepare_output,
+    progress,
+    span,
+    write_bytes,
+    write_text,
+)
 from ddpm_mnist.unet import save_teacher
 
 
@@ -249,3 +258,29 @@ def test_a_folder_that_is_taken_away_is_not_made_again(write, tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*: .*run was taken away, or its \.lock"):
         write(run)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_is_a_file_and_a_link_stays_one(tmp_path):
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_text(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+    with pytest.raises(InputError, match="it is a folder"):
+        prepare_output(tmp_path)
+    with pytest.raises(InputError, match="it is a device, and no file"):
+        prepare_output(Path("/dev/null"))
+
+
+@pytest.mark.parametrize("part", ["scheduler", "model.safetensors", "model.onnx", "unet"])
+def test_what_a_model_is_made_of_is_not_written_over(part, tmp_path):
+    (tmp_path / part).touch()
+    with pytest.raises(InputError, match="holds a model but no state to go on from"):
+        RunState(tmp_path, {})
+
+
+def test_a_file_is_locked_once(tmp_path):
+    with (tmp_path / "a").open("ab") as one, (tmp_path / "a").open("ab") as two:
+        assert lock_file(one)
+        with pytest.raises(BlockingIOError):
+            lock_file(two)

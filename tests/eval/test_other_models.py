@@ -141,6 +141,10 @@ def test_a_unet_without_a_scheduler_gets_a_word(tmp_path, capsys):
     draw(folder / "unet", tmp_path, "--num_steps", "3")
     assert "no scheduler" not in capsys.readouterr().out, "that of the pipeline around it counts"
     shutil.rmtree(folder / "scheduler")
+    with pytest.raises(SystemExit):
+        draw(folder, tmp_path, "--num_steps", "3")
+    assert "its pipeline names the scheduler DDPMScheduler, but has no" in capsys.readouterr().err
+    (folder / "model_index.json").unlink()
     other = draw(folder, tmp_path, "--num_steps", "3")
     assert (
         "model/unet has no scheduler: DDPM's 1000 linear steps and ε are taken for granted" in capsys.readouterr().out
