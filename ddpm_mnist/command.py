@@ -101,9 +101,10 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
     except MemoryError as error:
         _fail(prog, f"there is not enough memory ({str(error) or 'MemoryError'})", 2)
     except RuntimeError as error:
-        if "not enough memory" not in str(error):  # torch's allocator on a CPU
+        _, allocator, asked = str(error).partition("DefaultCPUAllocator: ")  # torch's, which knows no MemoryError
+        if not allocator:
             raise
-        _fail(prog, f"there is {str(error)[str(error).index('not enough memory') :]}", 2)
+        _fail(prog, f"there is not enough memory ({asked.partition('. ')[0]})", 2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRAS:

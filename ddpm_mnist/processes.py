@@ -58,7 +58,7 @@ def state() -> PartialState:
 def _joined() -> PartialState:
     # A Mac's GPU cannot be shared among processes.
     number, of = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if not 0 <= number < of:
+    if of > 1 and not 0 <= number < of:
         raise ValueError(f"process {number} of {of}")
     several = of > 1
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -6,10 +6,11 @@ import io
 import json
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -122,10 +123,10 @@ def write_array(model: Model, config: DrawConfig, path: Path) -> None:
     digest = hashlib.sha256(decides.encode()).hexdigest()[:12]
     beside = path.with_name(f".{path.name}.{digest}.partial")
     solver, device = model.solver(config), model.denoiser.device
-    held: list[BinaryIO] = []  # by the main process
-    from_main(lambda: held.append(_lock(beside)))
-    done = from_main(lambda: _begin_array(beside, config, stored_shape(model)))
-    with progress(f"sampling {model.name}", config.num_images, done) as advance:
+    with ExitStack() as lock:
+        from_main(lambda: _lock(beside, lock))
+        done = from_main(lambda: _begin_array(beside, config, stored_shape(model)))
+        advance = lock.enter_context(progress(f"sampling {model.name}", config.num_images, done))
         while done < config.num_images:
             some = min(config.batch_size * count(), config.num_images - done)
             images = sample(model.denoiser, solver, some, config.seed + done, config.batch_size, device)
@@ -135,14 +136,13 @@ def write_array(model: Model, config: DrawConfig, path: Path) -> None:
     from_main(lambda: _end_array(beside, path))
 
 
-def _lock(beside: Path) -> BinaryIO:
-    """The file, locked for as long as it is open; InputError where another process draws into it."""
-    file = beside.open("ab")
+def _lock(beside: Path, until: ExitStack) -> None:
+    """Lock the file for as long as `until` is open; InputError where another process draws into it."""
+    file = until.enter_context(beside.open("ab"))
     try:
         lock_file(file)
     except BlockingIOError as error:
         raise InputError(f"another process is drawing these images: {beside} is its file") from error
-    return file
 
 
 def _begin_array(beside: Path, config: DrawConfig, one: tuple[int, ...]) -> int:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from ddpm_mnist import processes
 from ddpm_mnist.command import run_command
 from finetune.cli import COMMANDS, main
 from finetune.pipeline import RunConfig
@@ -134,6 +136,29 @@ def test_a_file_of_comments_changes_nothing_and_null_is_no_number(tmp_path, caps
     with pytest.raises(SystemExit):
         run_command("prog", lambda config: None, RunConfig, ["--config", str(tmp_path / "null.yaml")])
     assert "seed must be a whole number, not null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [({"WORLD_SIZE": "2", "RANK": "5"}, "process 5 of 2"), ({"WORLD_SIZE": "abc"}, "invalid literal for int")],
+)
+def test_what_a_launcher_left_behind_is_named(variables, reason, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "_alone", False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        run_command("prog", lambda config: None, RunConfig, [])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"prog: the environment's WORLD_SIZE, RANK and the like do not fit each other ({reason}")
+    assert said.endswith("unset them, or start with accelerate launch\n")
+
+
+def test_memory_that_torch_cannot_have_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command("prog", lambda config: torch.empty(1 << 50), RunConfig, [])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("prog: there is not enough memory (can't allocate memory: you tried")
 
 
 def test_the_help_tells_the_defaults_of_the_usual_config(capsys):

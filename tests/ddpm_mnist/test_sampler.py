@@ -1,3 +1,4 @@
+import copy
 import hashlib
 
 import pytest
@@ -107,6 +108,13 @@ def test_specimen_diffusers_default_carries_the_unclipped_error_on(unet):
     for step in denoise(unet, Solver(config), range(4)):
         ours = step.x_next
     assert (ours - x).abs().max() > 0.1
+
+
+def test_a_model_that_overflows_is_refused(unet):
+    broken = copy.deepcopy(unet)
+    broken.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="the model's answers are no finite numbers"):
+        sample(broken, Solver(SamplerConfig("ddim", 2)), num_images=1)
 
 
 @pytest.mark.parametrize(("name", "eta"), SOLVERS)

@@ -53,6 +53,18 @@ def size(path):
         return 0
 
 
+def test_an_array_has_one_process_at_a_time(teacher_folder, tmp_path, monkeypatch):
+    config = SampleConfig(model=teacher_folder, num_images=2, num_steps=1, output=tmp_path / "x.npy")
+
+    def meanwhile(beside, content):
+        with pytest.raises(InputError, match="another process is drawing these images"):
+            write_samples(config)
+        beside.write_bytes(beside.read_bytes() + content)
+
+    monkeypatch.setattr("eval.sample._append", meanwhile)
+    assert np.load(write_samples(config)).shape == (2, 28, 28)
+
+
 def test_an_array_that_was_killed_is_gone_on_with(teacher_folder, tmp_path, capsys):
     options = {"model": teacher_folder, "num_images": 150, "num_steps": 20, "batch_size": 7}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -171,6 +171,7 @@ def test_images_of_another_scheduler_are_refused(config_path, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--rungs", '["ful"]'], "no rung ful; did you mean full?"),
         (["--rungs", '["moon"]'], "no rung moon; there are ptq-min-max, ptq-error"),
         (["--rungs", '["full", "step7"]'], "rungs must name different rungs, at least one"),
         (["--rungs", "[]"], "rungs must name different rungs, at least one"),
