@@ -158,7 +158,7 @@ def _make_parser(
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [--config FILE] [--OPTION VALUE …]",
-        description=(inspect.getdoc(function) or "").partition("\n\nRaises:")[0],
+        description=re.split(r"\n\n(?:Args|Raises):", inspect.getdoc(function) or "")[0],
         formatter_class=_HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,

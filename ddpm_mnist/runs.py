@@ -247,9 +247,9 @@ class RunState:
             raise
         except Exception as error:  # whatever is wrong with a state, it is of no use
             reason = str(error) or type(error).__name__
-            raise InputError(
-                f"{self.path} cannot be read; delete {self.path.parents[1]} to start anew ({reason})"
-            ) from error
+            if str(self.path) not in reason:
+                reason = f"{self.path} cannot be read: {reason}"
+            raise InputError(f"{reason}; delete {self.path.parents[1]} to start anew") from error
 
     def progress(self, total: int) -> tuple[int, float]:
         """How many of `total` updates the state has seen, and the seconds that they took; (0, 0.0) without a state."""

@@ -182,7 +182,6 @@ def train_teacher(config: TeacherConfig) -> Path:
     fingerprint = dataclasses.asdict(config)
     for free in ("output", "eps_scale", "log_every", "save_every", "grid_every", "tracker"):
         del fingerprint[free]
-    run = RunState(config.output, {**fingerprint, "optimizer": "muon"}, config.tracker)
     images = processes.from_main(lambda: load_images(config.data, "train", config.image_size))
     if len(images) < config.batch_size:
         raise InputError(
@@ -199,6 +198,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     optimizers = make_optimizers(unet)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
+    run = RunState(config.output, {**fingerprint, "optimizer": "muon"}, config.tracker)
     kept: list[list[Tensor]] = []  # the weights that are averaged in the end
     num_updates = config.total_updates + config.restart_updates
     average_at = config.average_at or (num_updates,)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import holds_model, prepare_output, write_json
+from ddpm_mnist.runs import holds_model, prepare_output, progress, write_json
 from eval.models import load_model
 from quant import QuantizedUNet
 from quant.export import export_onnx
@@ -46,7 +46,9 @@ def export(config: ExportConfig) -> Path:
         model.denoiser.save_pretrained(config.output)
     else:
         try:
-            export_onnx(model.denoiser, path)
+            with progress("export", 1) as advance:
+                export_onnx(model.denoiser, path)
+                advance(1)
         except ValueError as error:
             raise InputError(f'"{config.model}" cannot be exported: {error}') from error
     write_json(config.output / "scheduler" / "scheduler_config.json", dict(model.schedule.config))

@@ -37,7 +37,7 @@ class FidConfig(DrawConfig):
     """Whether to tell what the images are worth as data: classifiers learn from them and from as many real images, and
     are tested on real ones. Takes minutes, and needs the data that the ruler learned from."""
     output: Path = Path("fid.json")
-    """JSON object with the fields of `Score`."""
+    """JSON object with a field for each score."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
+from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import snapshot_download
 
 from ddpm_mnist import InputError, processes
@@ -223,16 +224,14 @@ def _load_schedule(place: Path) -> Schedule | None:
 
 def _load_unet(place: Path) -> UNet2DModel:
     """A UNet of diffusers; its library logs what it finds wrong and loads it all the same."""
-    whole = any(
-        (place / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json")
-    )
-    variant = None if whole else "fp16"
-    if not whole and not (place / "diffusion_pytorch_model.fp16.safetensors").is_file():
+    files = SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json"  # whole, and in several files
+    variants = [v for v in (None, "fp16") if any((place / _add_variant(file, v)).is_file() for file in files)]
+    if not variants:
         raise ValueError(f"it has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats are not read")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant}
+        options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variants[0]}
         unet, found = UNet2DModel.from_pretrained(place, torch_dtype=torch.float32, **options)
     finally:
         logging.set_verbosity(verbosity)

@@ -134,7 +134,7 @@ class LadderConfig:
     output: Path = Path("runs/ladder")
     """Folder for a run folder per rung and seed, and for the tables and pictures."""
     rungs: tuple[str, ...] = tuple(RUNGS)
-    """Rungs to climb, also by the names of `STEPS`, "teacher" for none; one that is finished is not run again."""
+    """Rungs to climb, also as step1 to step7, "teacher" for none; one that is finished is not run again."""
     seeds: int = 3
     """Distillations, at least 1, of those rungs whose spread is told; of the others there is one."""
     teacher_steps: tuple[int, ...] = TEACHER_STEPS

@@ -141,11 +141,13 @@ def load_teacher(argument: str) -> Model:
 def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int], None] = lambda *_: None) -> Made:
     """Make a student: sample the teacher's trajectories from noise, calibrate, distil.
 
-    Needs no data, but for the objective "denoising". `announce` is called with the config, the teacher and the number
-    of updates that are done already, once all is well. Several processes share out all but the calibration; the
+    Needs no data, but for the objective "denoising". Several processes share out all but the calibration; the
     config.yaml that they leave makes the same student in one.
 
     Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder.
+
+    Args:
+        announce: called with the config, the teacher and the number of updates that are done already, once all is well.
 
     Raises:
         InputError: no such teacher; the student cannot run as `runtime` says; or the folder belongs to another

@@ -183,6 +183,7 @@ def test_sizes_that_cannot_be_halved_are_refused(tmp_path):
     config = tiny(tmp_path / "run", data=save_images(tmp_path / "a.npy", 3, 12, 10))
     with pytest.raises(InputError, match=message):
         train_teacher(dataclasses.replace(config, unet=unet))
+    assert not config.output.exists()
     x = torch.zeros(2, 3, 12, 20)
     assert make_unet(unet, 3, (12, 20))(x, 0).sample.shape == x.shape
 
@@ -191,6 +192,7 @@ def test_too_few_images_are_refused(tmp_path):
     data = save_images(tmp_path / "a.npy", 1, 12, 12)
     with pytest.raises(InputError, match=r"a\.npy has 1 images, fewer than a batch of 2: give more, or a smaller"):
         train_teacher(tiny(tmp_path / "run", data=data))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path):
