@@ -10,10 +10,17 @@ from eval.models import load_model
 from quant import to_integer
 from quant.integer.core import ISAS, available
 
-# SHA-256 of the images of seeds 0 to 255, DPM-Solver++ in 20 steps, uint8 (256, 28, 28).
+# SHA-256 of the images of the first seeds, DPM-Solver++ in 20 steps, uint8 (N, 28, 28): so many as a processor draws in
+# seconds; what runs on any is several times as slow.
 EXPECTED = {
-    "w4a4": "447811528e026ae782d59dc424e7f6952c1e358e24c5caa687f775aa05940ad4",
-    "w2a4": "42c88297dcdba3cee8f7c54d19ea7fa831b629b5a7bf86680f448b5db6616dd5",
+    "w4a4": {
+        256: "447811528e026ae782d59dc424e7f6952c1e358e24c5caa687f775aa05940ad4",
+        64: "b6dff2b822e251be7d667165a1d4db9e20c1cb908bad85b24453b5c6e7ad6c9e",
+    },
+    "w2a4": {
+        256: "42c88297dcdba3cee8f7c54d19ea7fa831b629b5a7bf86680f448b5db6616dd5",
+        64: "d4341b55cf7d9b6a798b60bfeaabe519006042a03f877aa4cf8be1b190e1f7da",
+    },
 }
 EVERY_ISA = [
     pytest.param(isa, marks=pytest.mark.skipif(isa not in available(), reason=f"this processor has no {isa}"))
@@ -27,10 +34,11 @@ def student(request):
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
-def test_the_bytes_of_256_images(student, isa):
+def test_the_bytes_of_images(student, isa):
     name, denoiser = student
-    images = sample(to_integer(denoiser, isa), Solver(SamplerConfig()), 256)
-    assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == EXPECTED[name]
+    count = 64 if isa == "portable" else 256
+    images = sample(to_integer(denoiser, isa), Solver(SamplerConfig()), count)
+    assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == EXPECTED[name][count]
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)

@@ -153,13 +153,14 @@ def test_an_own_unet_is_distilled_and_runs_on_integers(page, end, tmp_path, monk
     code = "\n".join(code for language, code in FENCE.findall(before) if language == "python")
     torch.manual_seed(0)
     own = UNet2DModel(
-        32, block_out_channels=(32, 64), layers_per_block=1,
+        16, block_out_channels=(32, 64), layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda name: own)
     monkeypatch.setattr(DDIMScheduler, "from_pretrained", lambda name: DDIMScheduler())
     monkeypatch.chdir(tmp_path)
-    for large, small in (("set_timesteps(20)", "set_timesteps(3)"), ("range(500)", "range(12)"), ("64", "8")):
+    smaller = {"set_timesteps(20)": "set_timesteps(3)", "range(500)": "range(12)", "64": "8", "3, 32, 32": "3, 16, 16"}
+    for large, small in smaller.items():
         assert large in code
         code = code.replace(large, small)
     result: dict = {}
