@@ -40,7 +40,7 @@ FIELDS = {
 
 # No network that is known comes near: what a config asks for beyond is memory or hours. Of lists, that many entries.
 MOST, MOST_ENTRIES = 1 << 20, 32
-MOST_OF = {"layers_per_block": 32, "transformer_layers_per_block": 32, "sample_size": 4096}
+MOST_OF = {"layers_per_block": 32, "transformer_layers_per_block": 32, "sample_size": 4096, "downsample_padding": 2}
 
 # Processors of diffusers that compute the same attention in another way.
 SAME_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")

@@ -1,3 +1,4 @@
+import copy
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: what is equal bit for bit is so on the CPU
@@ -16,21 +17,20 @@ from quant import QuantConfig, calibrate, quantize
 TINY = UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
 
 
-def _make_unet():
+@pytest.fixture(autouse=True)
+def seed():
     torch.manual_seed(0)
-    return make_unet(TINY).eval().requires_grad_(False)
 
 
-def _make_student(unet, solver, buffer):
-    model = quantize(unet, QuantConfig(rank=2), solver.timesteps.tolist())
-    calibrate(model, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
-    return model
-
-
-@pytest.fixture
-def unet():
-    """A small UNet with random weights."""
-    return _make_unet()
+@pytest.fixture(scope="session")
+def made_once():
+    """`unet`, `buffer` and `student`, for tests that change none of them."""
+    torch.manual_seed(0)
+    unet, solver = make_unet(TINY).eval().requires_grad_(False), Solver(SamplerConfig(num_steps=6))
+    buffer = make_trajectories(unet, solver, count=8, seed=0)
+    student = quantize(unet, QuantConfig(rank=2), solver.timesteps.tolist())
+    calibrate(student, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
+    return SimpleNamespace(unet=unet, buffer=buffer, student=student)
 
 
 @pytest.fixture
@@ -39,22 +39,20 @@ def solver():
 
 
 @pytest.fixture
-def buffer(unet, solver):
-    return make_trajectories(unet, solver, count=8, seed=0)
+def unet(made_once):
+    """A small UNet with random weights."""
+    return copy.deepcopy(made_once.unet)
 
 
 @pytest.fixture
-def student(unet, solver, buffer):
+def buffer(made_once):
+    return copy.deepcopy(made_once.buffer)
+
+
+@pytest.fixture
+def student(made_once):
     """A calibrated W4A4 copy of `unet`."""
-    return _make_student(unet, solver, buffer)
-
-
-@pytest.fixture(scope="session")
-def made_once():
-    """`unet`, `buffer` and `student`, for tests that change none of them."""
-    unet, solver = _make_unet(), Solver(SamplerConfig(num_steps=6))
-    buffer = make_trajectories(unet, solver, count=8, seed=0)
-    return SimpleNamespace(unet=unet, buffer=buffer, student=_make_student(unet, solver, buffer))
+    return copy.deepcopy(made_once.student)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 from quant import QuantConfig, QuantizedUNet, quantize
-from quant.structure import CLASSES, FIELDS, check_structure
+from quant.structure import CLASSES, FIELDS, check_config, check_structure
 
 
 class Scaled(UNet2DModel):
@@ -116,3 +116,24 @@ def test_a_field_of_tomorrow_is_refused_where_a_student_is_loaded(student, tmp_p
     frozen.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="new_norm = rms, which is not known here"):
         QuantizedUNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("downsample_padding", 3, "2"),
+        ("layers_per_block", 33, "32"),
+        ("sample_size", [28, 5000], "4,096"),
+        ("norm_num_groups", 10**12, "1,048,576"),
+        ("norm_eps", float("nan"), "1,048,576"),
+    ],
+)
+def test_a_config_that_would_take_hours_is_refused(key, value, most):
+    check_config("UNet2DModel", {"downsample_padding": 2, "layers_per_block": 32})
+    with pytest.raises(ValueError, match=f"{key} = .* is beyond {most}, the most that is understood"):
+        check_config("UNet2DModel", {key: value})
+
+
+def test_a_list_has_few_entries():
+    with pytest.raises(ValueError, match="down_block_types has 33 entries, more than 32"):
+        check_config("UNet2DModel", {"down_block_types": ["DownBlock2D"] * 33})
