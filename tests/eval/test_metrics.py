@@ -316,7 +316,7 @@ def test_measure_of_the_teachers_own_images():
 
 
 def test_every_score_has_an_interval_around_it():
-    images, others = (torch.randint(0, high, (60, 28, 28), dtype=torch.uint8) for high in (256, 200))
+    images, others = (torch.randint(0, high, (200, 28, 28), dtype=torch.uint8) for high in (256, 200))
     score = measure(images, others)
     for name in (*metrics.OF_IMAGES, *metrics.TO_TEACHER):
         low, high = score[f"{name}_interval"]
