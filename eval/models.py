@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
-from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import snapshot_download
 
 from ddpm_mnist import InputError, processes
@@ -28,6 +27,11 @@ STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
 RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDENTS}}
 # How a student runs: on the CPU's integers, or simulated in float, on the accelerator if there is one.
 RUNTIMES = ("integer", "simulated")
+# The files of diffusers' weights by their variant: whole, or the index of several.
+WEIGHTS = {
+    None: (SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json"),
+    "fp16": ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.fp16.json"),
+}
 
 
 @dataclass
@@ -224,8 +228,7 @@ def _load_schedule(place: Path) -> Schedule | None:
 
 def _load_unet(place: Path) -> UNet2DModel:
     """A UNet of diffusers; its library logs what it finds wrong and loads it all the same."""
-    files = SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json"  # whole, and in several files
-    variants = [v for v in (None, "fp16") if any((place / _add_variant(file, v)).is_file() for file in files)]
+    variants = [variant for variant, files in WEIGHTS.items() if any((place / file).is_file() for file in files)]
     if not variants:
         raise ValueError(f"it has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats are not read")
     verbosity = logging.get_verbosity()

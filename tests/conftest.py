@@ -18,7 +18,7 @@ TINY = UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_random_numbers():
     torch.manual_seed(0)
 
 

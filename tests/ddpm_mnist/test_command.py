@@ -35,6 +35,7 @@ def test_help_explains_every_option_in_words(name, capsys):
         run_command("prog", function, config_class, ["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
+    assert "Args:" not in text, "those of the function are no options"
     options = re.findall(r"^  --([\w.]+) (\S+).*\n((?:      .+\n)+)", text, re.MULTILINE)
     explained = {option: (kind, " ".join(words.split())) for option, kind, words in options}
     assert explained.keys() == {*leaves(config_class), "config", "print_config"}

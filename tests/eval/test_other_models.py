@@ -237,10 +237,10 @@ def test_half_precision_folders_are_read_and_other_formats_named(tmp_path, capsy
     assert "weights in other formats are not read" in refusal(
         capsys, write_samples, SampleConfig, "--model", str(folder)
     )
-    for size in ("100GB", "100KB"):  # whole, and in several files
+    for size in ("100GB", "20KB"):  # whole, and in several files
         shutil.rmtree(folder / "unet")
         unet.half().save_pretrained(folder / "unet", variant="fp16", max_shard_size=size)
-        assert len(list((folder / "unet").glob("*.fp16*.safetensors"))) == 1 or size == "100KB"
+        assert (len(list((folder / "unet").glob("*.safetensors"))) > 1) == (size == "20KB")
         assert np.abs(draw(folder, tmp_path, "--num_steps", "2").astype(int) - expected).max() <= 2
 
 

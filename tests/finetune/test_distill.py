@@ -160,13 +160,13 @@ def test_biases_and_normalisations_move_in_proportion_to_the_activations_step_si
 @pytest.mark.parametrize("objective", ["per-step", "rollout"])
 def test_distillation_lowers_the_loss(student, solver, buffer, tmp_path, objective):
     config = DistillConfig(
-        objective, num_updates=50, batch_size=8, rollout_steps=3, warmup_updates=5,
+        objective, num_updates=100, batch_size=16, rollout_steps=3, warmup_updates=5,
         lr_adapters=0.1, lr_weight_scales=5e-3, lr_act_scales=5e-2, lr_zero_points=0.1,
     )  # fmt: skip
 
     def loss():
         with torch.no_grad():
-            probe = DistillConfig(objective, batch_size=64, rollout_steps=3)
+            probe = DistillConfig(objective, batch_size=256, rollout_steps=3)
             return distillation_loss(student, solver, buffer, probe, seed=9, update=0).item()
 
     start = loss()

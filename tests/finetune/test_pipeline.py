@@ -209,7 +209,8 @@ def test_a_damaged_state_gets_one_line(config_path, tmp_path, capsys):
     assert caught.value.code == 2
     err = capsys.readouterr().err
     assert "latest.pt cannot be read" in err
-    assert err.count("\n") == 1
+    assert err.count("latest.pt") == err.count("\n") == 1
+    assert err.endswith("to start anew\n")
 
 
 def test_a_student_that_integers_cannot_follow_is_refused_before_anything_starts(
