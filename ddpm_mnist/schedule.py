@@ -100,7 +100,11 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
     Raises:
         InputError: it says something that is not supported, or not known here; named.
     """
-    name = config.get("_class_name", "no class")
+    name, defaults = config.get("_class_name", "no class"), config.get("_use_default_values", [])
+    if not isinstance(defaults, list):
+        raise InputError(f"its scheduler has _use_default_values = {defaults!r}, which is no list")
+    # What a scheduler was not told is left to its reader's own defaults, as diffusers does.
+    config = {key: value for key, value in config.items() if key not in [*defaults, "_use_default_values"]}
     if name not in CLASSES:
         raise InputError(
             f"its scheduler, {name}, has no noise schedule of DDPM's kind; supported: {', '.join(CLASSES)}"

@@ -20,7 +20,6 @@ from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
 from ddpm_mnist.unet import PRETRAINED
 from eval.table import bits_label
 from quant import IntegerUNet, QuantizedUNet, to_integer
-from quant.integer.core import choose
 from quant.structure import check_config, try_out
 
 STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
@@ -104,11 +103,9 @@ def device() -> torch.device:
 
 
 def check_runtime(runtime: str) -> None:
-    """ValueError where there is no such runtime, or where integers cannot run here."""
+    """ValueError where there is no such runtime."""
     if runtime not in RUNTIMES:
         raise ValueError(f'runtime must be {" or ".join(RUNTIMES)}, not "{runtime}"')
-    if runtime == "integer":
-        choose()
 
 
 def runnable(student: QuantizedUNet, runtime: str) -> IntegerUNet | QuantizedUNet:

@@ -24,7 +24,7 @@ from eval.metrics import check_score
 from eval.models import Model, load_model
 from eval.sample import DrawConfig, draw, origin_of, stored_shape
 from eval.table import Row, markdown, summarise_scores
-from finetune.pipeline import RunConfig, distill_student, fingerprint, load_teacher
+from finetune.pipeline import RunConfig, check_student, distill_student, fingerprint, load_teacher
 from finetune.trajectories import MAX_SEED, make_trajectories
 from quant import QuantizedUNet
 
@@ -194,7 +194,7 @@ def climb(config: LadderConfig) -> Path:
     for num_steps in (0, *config.teacher_steps):
         teacher.solver(_drawing(base, num_steps))  # refuses what does not fit, before anything long starts
     for name in config.students:
-        teacher.solver(rung_config(base, name, config.output).sampler)
+        check_student(rung_config(base, name, config.output), teacher)
         teacher.solver(_drawing(base, RUNGS[name].num_steps))
     prepare_output(config.output / "ladder.json")
     lock_folder(config.output)

@@ -156,8 +156,7 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     batch_size = config.distill.batch_size * processes.count()
     config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, batch_size=batch_size))
     teacher = load_teacher(config.teacher)
-    solver, teacher_solver = teacher.solver(config.sampler), teacher.solver(config.teacher_sampler)
-    _refuse_unsupported(config, teacher, solver, teacher_solver)
+    solver = check_student(config, teacher)
     images = _training_images(config, teacher) if _uses_data(config) else None
     run = RunState(config.output, fingerprint(config, teacher), config.tracker)
     announce(config, teacher, run.state["update"] if run.state else 0)
@@ -197,17 +196,20 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     return Made(config, teacher, frozen_ptq, student, stopwatch.seconds, run)
 
 
-def _refuse_unsupported(config: RunConfig, teacher: Model, solver: Solver, teacher_solver: Solver) -> None:
-    """InputError for what would fail after the long part."""
+def check_student(config: RunConfig, teacher: Model) -> Solver:
+    """The sampler that the student will have; InputError for what would fail after the long part."""
+    solver, teacher_solver = teacher.solver(config.sampler), teacher.solver(config.teacher_sampler)
     try:
         check_structure(teacher.denoiser)
         if config.runtime == "integer":
             refuse_unsupported(teacher.denoiser)
+            choose()
     except ValueError as error:
         raise InputError(f'no student of "{config.teacher}" as runtime "{config.runtime}": {error}') from error
     fine = teacher_solver.timesteps[:: config.teacher_steps]
     if not torch.equal(fine, solver.timesteps):
         raise InputError(f"teacher_steps {config.teacher_steps}: the student's timesteps are not the teacher's")
+    return solver
 
 
 def _training_images(config: RunConfig, teacher: Model) -> torch.Tensor:

@@ -165,11 +165,21 @@ def test_what_the_solver_cannot_do_is_refused_by_name(name, options, message):
         ({"clip_sample_range": "wide"}, "clip_sample_range = 'wide', which is no number"),
         ({"steps_offset": 999}, "cannot be spaced over 1000"),
         ({"beta_schedule": ["linear"]}, "beta_schedule = "),
+        ({"_use_default_values": 1}, "_use_default_values = 1, which is no list"),
     ],
 )
 def test_a_scheduler_of_no_use_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         Solver(SamplerConfig("ddim"), read_schedule({**config_of(DDPMScheduler()), **changes}))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+def test_what_a_scheduler_was_not_told_is_left_to_defaults(solver):
+    live = {"_class_name": "DDPMScheduler", **DDPMScheduler(beta_end=0.01).config}
+    assert "timestep_spacing" in live["_use_default_values"]
+    changes = {"timestep_spacing": "trailing", "prediction_type": "sample", "clip_sample": False}
+    assert compare({**live, **changes}, solver) <= 1
+    assert "_use_default_values" not in read_schedule(live).scaled(1.1)
 
 
 def test_every_field_of_the_installed_diffusers_is_known():

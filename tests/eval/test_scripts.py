@@ -21,6 +21,7 @@ from eval.models import STUDENTS, Model, load_model
 from eval.sample import DrawConfig, SampleConfig, draw, write_samples
 from eval.train_features import FeaturesConfig, load_sets, train_features
 from quant import freeze
+from quant.integer.core import VARIABLE
 
 
 @pytest.fixture
@@ -44,6 +45,16 @@ def test_samples_as_array_and_as_picture(teacher_folder, tmp_path):
     picture = matplotlib.image.imread(write_samples(SampleConfig(output=tmp_path / "x.png", **options)))
     assert picture.shape[0] > 2 * 28
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["x.npy", "x.png"]
+
+
+def test_where_integers_cannot_run_students_alone_are_refused(teacher_folder, student_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "mmx")
+    options = {"num_images": 2, "num_steps": 1}
+    write_samples(SampleConfig(model=teacher_folder, output=tmp_path / "x.npy", **options))
+    with pytest.raises(InputError, match=f'model ".*student" .*: {VARIABLE}: this processor has no "mmx"'):
+        write_samples(SampleConfig(model=student_folder, output=tmp_path / "y.npy", **options))
+    write_samples(SampleConfig(model=student_folder, output=tmp_path / "z.npy", runtime="simulated", **options))
+    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["x.npy", "z.npy"]
 
 
 def size(path):

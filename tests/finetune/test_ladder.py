@@ -12,6 +12,7 @@ from eval import plots
 from eval.table import Row, summarise_scores
 from finetune.ladder import RUNGS, LadderConfig, climb, rung_config
 from finetune.pipeline import RunConfig
+from quant.integer.core import VARIABLE
 
 SMALL = """
 output: {output}
@@ -154,6 +155,18 @@ def test_every_rung_is_a_configuration_of_its_own(tmp_path):
         for config in configs
     }
     assert evaluations == {base.distill.batch_size * base.distill.rollout_steps}
+
+
+def test_where_integers_cannot_run_help_is_given_and_nothing_starts(config_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "mmx")
+    for arguments, code in ((["--help"], 0), (["--config", str(config_path)], 2)):
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", climb, LadderConfig, arguments)
+        assert caught.value.code == code
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f'as runtime "integer": {VARIABLE}: this processor has no "mmx"' in err
+    assert not (tmp_path / "ladder").exists()
 
 
 def test_images_of_another_scheduler_are_refused(config_path, tmp_path, capsys):
