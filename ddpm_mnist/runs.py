@@ -35,7 +35,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         return
     require_folder(path)
     path = path.resolve() if path.is_symlink() else path  # the link stays one
-    beside = path.with_name(f".{path.name}.{os.getpid()}{HALF}")
+    beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content)
@@ -46,6 +46,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{HALF}")
 
 
 def _cannot_write(path: Path, error: OSError) -> InputError:
@@ -74,6 +78,13 @@ def _prepare_output(path: Path) -> None:
             _locks.pop(lock).close()
         require_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder")
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: it is a device, and no file")
+        beside = _beside(path.resolve() if path.is_symlink() else path)
+        beside.touch()  # is it allowed, and is the name not too long?
+        beside.unlink(missing_ok=True)
     except InputError:
         raise
     except FileExistsError as error:
@@ -82,12 +93,6 @@ def _prepare_output(path: Path) -> None:
         raise _cannot_write(path, error) from error
     except ValueError as error:  # a name with a zero byte
         raise InputError(f"cannot write {str(path)!r}: {error}") from error
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
-    if path.exists() and not path.is_file():
-        raise InputError(f"cannot write {path}: it is a device, and no file")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot write {path}: no permission to write into {path.parent}")
 
 
 _locks: dict[Path, BinaryIO] = {}

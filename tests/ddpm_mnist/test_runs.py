@@ -232,7 +232,7 @@ def test_a_teacher_that_finds_no_room_leaves_nothing(small_disk, unet):
 def test_a_disk_that_is_read_only_is_refused(small_disk):
     (small_disk / "run").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(InputError, match=r"cannot write .*log.jsonl: no permission to write into"):
+    with pytest.raises(InputError, match=r"cannot write .*run/log.jsonl: Read-only file system"):
         RunState(small_disk / "run", {})
     with pytest.raises(InputError, match=r"cannot write .*new/log.jsonl: Read-only file system"):
         RunState(small_disk / "new", {})
@@ -270,6 +270,9 @@ def test_an_output_is_a_file_and_a_link_stays_one(tmp_path):
         prepare_output(tmp_path)
     with pytest.raises(InputError, match="it is a device, and no file"):
         prepare_output(Path("/dev/null"))
+    with pytest.raises(InputError, match="File name too long"):  # with what it is called as it is being written
+        prepare_output(tmp_path / f"{'x' * 245}.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "real.json"]
 
 
 @pytest.mark.parametrize("part", ["scheduler", "model.safetensors", "model.onnx", "unet"])
