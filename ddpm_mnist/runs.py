@@ -82,7 +82,7 @@ def _prepare_output(path: Path) -> None:
             raise InputError(f"cannot write {path}: it is a folder")
         if path.exists() and not path.is_file():
             raise InputError(f"cannot write {path}: it is a device, and no file")
-        beside = _beside(path.resolve() if path.is_symlink() else path)
+        beside = _beside(path.resolve())
         beside.touch()  # is it allowed, and is the name not too long?
         beside.unlink(missing_ok=True)
     except InputError:

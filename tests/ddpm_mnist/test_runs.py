@@ -272,7 +272,17 @@ def test_an_output_is_a_file_and_a_link_stays_one(tmp_path):
         prepare_output(Path("/dev/null"))
     with pytest.raises(InputError, match="File name too long"):  # with what it is called as it is being written
         prepare_output(tmp_path / f"{'x' * 245}.json")
+    prepare_output(tmp_path / "new.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "real.json"]
+
+
+def test_a_folder_that_may_not_be_written_into_is_refused_at_once(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)  # an administrator may write anywhere
+    with pytest.raises(InputError, match=r"cannot write .*x\.json: Permission denied"):
+        prepare_output(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("part", ["scheduler", "model.safetensors", "model.onnx", "unet"])
