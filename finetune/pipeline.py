@@ -309,8 +309,8 @@ def run(config: RunConfig) -> Path:
 # Costs in evaluations of the teacher on one sample. Learning from one of the student: forwards and twice backwards make
 # three, and a student's update costs 1.5 times a teacher's (`finetune.step_cost`).
 LEARNING = 4.5
-# Calibration, for each state that it looks at.
-CALIBRATION = 13
+# Calibration, for each state that it looks at, and what reconstruction adds.
+CALIBRATION, RECONSTRUCTION = 13, 8
 # An evaluation of the student: simulated, and on integers (`efficientdm bench`).
 SIMULATED, INTEGER = 1.5, {"avx512vnni": 0.3, "avxvnni": 0.3, "avx2": 0.4, "portable": 5}
 
@@ -327,11 +327,12 @@ def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
     updates = options.num_updates - done
     evaluations = updates * options.batch_size * (options.rollout_steps if rollout else 1)
     student = SIMULATED if config.runtime == "simulated" else INTEGER.get(choose().isa, 1)
+    calibration = CALIBRATION + RECONSTRUCTION * config.student.reconstruction
     scored = config.num_images * steps
     unit = _seconds_per_evaluation(teacher, solver, config.batch_size)
     stages = (  # and their costs, in evaluations of the teacher on one sample
         (f"{config.num_trajectories} trajectories of {teacher_steps} steps", config.num_trajectories * teacher_steps),
-        ("calibration", config.calibration_trajectories * steps * CALIBRATION),
+        ("calibration", config.calibration_trajectories * steps * calibration),
         (f"{updates} updates of {options.batch_size}" + " rollouts" * rollout, evaluations * LEARNING),
         (f"scores of 3 models on {config.num_images} images", scored * (1 + 2 * student)),
     )
