@@ -153,8 +153,8 @@ def test_an_own_unet_is_distilled_and_runs_on_integers(page, end, tmp_path, monk
     code = "\n".join(code for language, code in FENCE.findall(before) if language == "python")
     torch.manual_seed(0)
     own = UNet2DModel(
-        16, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        16, block_out_channels=(32,), layers_per_block=1, mid_block_type=None,
+        down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",),
     )  # fmt: skip
     monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda name: own)
     monkeypatch.setattr(DDIMScheduler, "from_pretrained", lambda name: DDIMScheduler())

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import torch
 
 from ddpm_mnist.command import run_command
 from eval.memory import peak_memory
+from finetune import step_cost
 from finetune.step_cost import StepCostConfig, measure_step_cost
 
 
@@ -11,7 +14,8 @@ def test_the_peak_is_what_a_step_holds_at_once():
     assert 191 < three < 208
 
 
-def test_the_step_cost_names_time_and_memory_beside_the_teachers(capsys):
+def test_the_step_cost_names_time_and_memory_beside_the_teachers(unet, monkeypatch, capsys):
+    monkeypatch.setattr(step_cost, "load_model", lambda name: SimpleNamespace(denoiser=unet))
     run_command("prog", measure_step_cost, StepCostConfig, ["--batch_size", "2", "--rounds", "1"])
     out = capsys.readouterr().out
     for needle in ("teacher, batch 2", "per-step distillation, batch 2", "teacher, batch 80", "MiB"):

@@ -78,7 +78,7 @@ def test_the_whole_of_it_for_another_model(options, scheduler, shape, tmp_path, 
     small = {
         "num_trajectories": 8, "calibration_trajectories": 4, "distill.num_updates": 2, "distill.batch_size": 3,
         "num_images": 12, "sampler.num_steps": 4, "student.rank": 2, "student.weight_bits": 8,
-        "student.act_bits": 8,
+        "student.act_bits": 8, "student.search": "min-max",
     }  # fmt: skip
     words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     run_command("prog", run, RunConfig, ["--teacher", str(teacher), "--output", str(student), *words])

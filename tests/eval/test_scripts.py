@@ -77,7 +77,7 @@ def test_an_array_has_one_process_at_a_time(teacher_folder, tmp_path, monkeypatc
 
 
 def test_an_array_that_was_killed_is_gone_on_with(teacher_folder, tmp_path, capsys):
-    options = {"model": teacher_folder, "num_images": 70, "num_steps": 20, "batch_size": 7}
+    options = {"model": teacher_folder, "num_images": 70, "num_steps": 8, "batch_size": 7}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-c", "from finetune.cli import main; main()", "sample", *words, "--output", "x.npy"]
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)

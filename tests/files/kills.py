@@ -52,7 +52,7 @@ grid_every: 6
 RUN = """
 teacher: {root}/teacher
 sampler: {{num_steps: 3}}
-student: {{weight_bits: 3, act_bits: 5, rank: 2}}
+student: {{weight_bits: 3, act_bits: 5, rank: 2, search: min-max}}
 num_trajectories: 6
 calibration_trajectories: 4
 num_images: 8

@@ -16,11 +16,11 @@ MUTANTS = Path(__file__).parent / "mutants.py"
 
 
 def test_mutants_are_read_or_refused_in_one_line():
-    words = [sys.executable, str(MUTANTS), "--child", "--count", "300", "--seed", "7"]
+    words = [sys.executable, str(MUTANTS), "--child", "--count", "150", "--seed", "7"]
     answer = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert answer.returncode == 0, answer.stderr
     rows = [json.loads(line) for line in answer.stdout.splitlines()]
-    assert len(rows) == 300
+    assert len(rows) == 150
     assert [row for row in rows if row[3] not in ("read", "refused")] == []
     assert {row[0] for row in rows if row[3] == "refused"} >= {"student", "teacher", "state", "rung", "npy", "config"}
 

@@ -52,7 +52,7 @@ STRUCTURES = {
     "openai/diffusers-cd_imagenet64 (consistency model)": lambda: two(
         down=("ResnetDownsampleBlock2D", ATTN_DOWN), up=(ATTN_UP, "ResnetUpsampleBlock2D"), in_channels=3,
         out_channels=3, resnet_time_scale_shift="scale_shift", num_class_embeds=10, downsample_type="resnet",
-        upsample_type="resnet", attn_norm_num_groups=8, layers_per_block=2,
+        upsample_type="resnet", attn_norm_num_groups=8,
     ),
     "google/ncsnpp-celebahq-256 (Skip blocks, Fourier times)": lambda: two(
         ("SkipDownBlock2D", "AttnSkipDownBlock2D"), ("AttnSkipUpBlock2D", "SkipUpBlock2D"), in_channels=3,
