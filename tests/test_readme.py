@@ -44,6 +44,11 @@ def test_links_and_pictures_lead_somewhere(page):
             assert not anchor or anchor in anchors(file), target
 
 
+def test_every_picture_of_the_pages_is_shown():
+    text = "".join(page.read_text() for page in PAGES)
+    assert not [path.name for path in (ROOT / "docs").glob("*.png") if f"]({path.name})" not in text]
+
+
 def tables(page):
     """The head and the rows of each of a page's tables, cell by cell."""
     for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), flags=re.MULTILINE):
