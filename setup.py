@@ -26,6 +26,10 @@ SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in CORE)).hexdigest
 
 
 class BuildCore(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = True  # as many compilers as processors
+
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # plain functions for ctypes, no module of Python
 
