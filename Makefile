@@ -5,11 +5,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 setup: .venv/.installed
 
-# The stamp is as old as the last installation: a second call starts at once. Modules are compiled as they are imported:
-# of the thousands that are installed few ever are.
+# The stamp is as old as the last installation: a second call starts at once.
 .venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard quant/integer/core/*)
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	.venv/bin/python -m quant.integer
 	touch $@
 
