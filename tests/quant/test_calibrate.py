@@ -145,8 +145,8 @@ unet = UNet2DModel(
     32, 1, 1, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 ).eval()
-timesteps, x = [20 * number for number in range(5)], torch.randn(16, 1, 32, 32)
 config = QuantConfig(rank=2, per_step=sys.argv[1] == "True", reconstruction=sys.argv[2] == "True")
+timesteps, x = [20 * number for number in range(5)], torch.randn(8 if config.reconstruction else 16, 1, 32, 32)
 student = quantize(unet, config, timesteps)
 calibrate(quantize(unet, config, [0]), {0: x})
 with torch.no_grad():

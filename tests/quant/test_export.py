@@ -171,7 +171,7 @@ def test_4_bits_of_any_size_at_every_level_of_optimization(w4a4):
 
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 2), (1, 4), (1.58, 2), (2, 2), (2, 3), (2, 8)],
+    [(1, 2), (1.58, 3), (2, 8)],
 )
 def test_few_bits_at_every_level_of_optimization(weight_bits, act_bits, tmp_path):
     student = _student(_float(**FLAT), (weight_bits, act_bits), edge_bits=4, edge_act_bits=4)
@@ -192,14 +192,13 @@ def test_every_timestep_is_answered_as_the_clock_does(name, timesteps, request):
     _assert_equal(*request.getfixturevalue(name), timesteps, levels=[ALL])
 
 
-@pytest.mark.parametrize("zero_point", [3, 40_000, 65_535])
-def test_inputs_of_16_bits_at_every_level_of_optimization(zero_point, tmp_path):
+def test_inputs_of_16_bits_at_every_level_of_optimization(tmp_path):
     student = _student(_float(**FLAT), (4, 8))
     for _, layer in student.layers():
         if layer.act_quantizer.bits == 16:
-            layer.act_quantizer.zero_point.data.fill_(zero_point)
+            layer.act_quantizer.zero_point.data = torch.tensor([3.0, 40_000.0, 65_535.0])
     export_onnx(student, tmp_path / "model.onnx")
-    _assert_equal(student, tmp_path / "model.onnx", TIMESTEPS[:2])
+    _assert_equal(student, tmp_path / "model.onnx", TIMESTEPS)
     points = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "Cast"]
     assert any(a.i == onnx.TensorProto.UINT16 for node in points for a in node.attribute if a.name == "to")
 
