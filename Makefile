@@ -28,4 +28,5 @@ docs: setup
 # The notebook runs from top to bottom, in place. tqdm warns of a package that draws its bars in notebooks; none is drawn.
 tutorial: setup
 	PYTHONWARNINGS='ignore:IProgress not found' .venv/bin/jupyter nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True docs/tutorial.ipynb
+		--ExecutePreprocessor.record_timing=False docs/tutorial.ipynb
+	.venv/bin/jupyter nbconvert --coalesce-streams docs/tutorial.ipynb
