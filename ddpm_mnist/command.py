@@ -38,6 +38,13 @@ EXTRAS = {
     "gradio": "demo",
 }
 
+# What torch, which knows no MemoryError, says where memory is short: its CPU allocator, one of an accelerator, and of a
+# size that no memory has.
+NO_MEMORY = (
+    r"(?<=DefaultCPUAllocator: ).*?(?=\. |$)|\w+ (?:backend )?out of memory(?:.* Tried to allocate [\d.]+ \w+)?"
+    r"|Storage size calculation overflowed"
+)
+
 # Sections lie but a few deep in each other.
 MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 10
 
@@ -101,10 +108,9 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
     except MemoryError as error:
         _fail(prog, f"there is not enough memory ({str(error) or 'MemoryError'})", 2)
     except RuntimeError as error:
-        _, allocator, asked = str(error).partition("DefaultCPUAllocator: ")  # torch's, which knows no MemoryError
-        if not allocator:
+        if (short := re.search(NO_MEMORY, str(error))) is None:
             raise
-        _fail(prog, f"there is not enough memory ({asked.partition('. ')[0]})", 2)
+        _fail(prog, f"there is not enough memory ({short[0]})", 2)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRAS:
@@ -119,10 +125,13 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
 
 
 def _refuse_no_numbers(values: dict[str, Any]) -> None:
-    """ValueError where a number is NaN or infinite: no option has a use for either."""
+    """ValueError where a number is NaN or infinite, or an integer of more than 64 bits: no option has a use for one."""
     for name, value in flat(values).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be a number, not {value}")
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name} must be a number, not {number}")
+            if isinstance(number, int) and abs(number) >= 1 << 63:
+                raise ValueError(f"{name} must be less than 2^63, not {number}")
 
 
 def _in_our_words(message: str, parser: jsonargparse.ArgumentParser) -> str:

@@ -91,7 +91,7 @@ def _prepare_output(path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.filename} is a file, and no folder") from error
     except OSError as error:
         raise _cannot_write(path, error) from error
-    except ValueError as error:  # a name with a zero byte
+    except (ValueError, RuntimeError) as error:  # a name with a zero byte; links in a circle
         raise InputError(f"cannot write {str(path)!r}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from ddpm_mnist.scheduler import check_eps_scale
 
 # Seeds of images lie in 0…2^31 - 1; as many more, from there on, belong to training.
 SEED_LIMIT = 1 << 31
+
+# A class that is embedded as a time is one up to this: as far as integers promise their sines.
+LARGEST_TIME = 1 << 20
 
 # DPM-Solver++ (2M): what else diffusers' scheduler of that name can be is refused.
 DPM_OPTIONS = {
@@ -95,11 +99,11 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
             now = scheduler.config[name]
             raise InputError(f'its scheduler has {name} = {now}, which "dpm++" does not support, only {value}')
     total = schedule.num_train_timesteps
-    try:
-        scheduler.set_timesteps(config.num_steps)
-        timesteps = scheduler.timesteps.tolist()
-    except Exception:
-        timesteps = []
+    timesteps: list[int] = []
+    if config.num_steps <= total:  # diffusers would make room for any number first
+        with suppress(Exception):
+            scheduler.set_timesteps(config.num_steps)
+            timesteps = scheduler.timesteps.tolist()
     if len(set(timesteps)) != config.num_steps or not 0 <= timesteps[-1] <= timesteps[0] < total:
         # Some numbers, 61 of 1000 the first of them, miss their own count in diffusers' "trailing" spacing.
         spacing = scheduler.config.timestep_spacing
@@ -272,19 +276,25 @@ def choose_labels(denoiser: Any, config: SamplerConfig, seeds: range) -> Tensor 
     Raises:
         InputError: the config's labels are not the model's.
     """
-    kind, count = (denoiser.config.get(name) for name in ("class_embed_type", "num_class_embeds"))
+    options, null = denoiser.config, config.null_class
+    kind, count = options.get("class_embed_type"), options.get("num_class_embeds")
     if kind not in (None, "timestep"):
         raise InputError(f'class_embed_type "{kind}" is not supported here, only num_class_embeds and "timestep"')
     if kind is None and count is None:
-        if config.labels or config.null_class is not None:
+        if config.labels or null is not None:
             raise InputError("it has no classes: labels and null_class must be left out")
         return None
+    first, kinds = 0, "classes"
     if kind == "timestep":
-        if not config.labels or not all(0 <= label < 1 << 31 for label in config.labels):
-            raise InputError("its classes are times (class_embed_type): labels must name those to draw, from 0 on")
-    elif not all(0 <= label < count for label in (*config.labels, config.null_class or 0)):
-        raise InputError(f"it has the classes 0…{count - 1}: labels and null_class must lie there")
-    classes = config.labels or [label for label in range(count) if label != config.null_class]
+        embedding, kinds = options.time_embedding_type, "times as classes (class_embed_type)"
+        first = int(embedding == "fourier")  # the logarithm is taken
+        count = (options.num_train_timesteps or 0) if embedding == "learned" else LARGEST_TIME + 1
+    kinds = f"it has the {kinds} {first}…{count - 1}"
+    if not all(first <= label < count for label in (*config.labels, first if null is None else null)):
+        raise InputError(f"{kinds}: labels and null_class must lie there")
+    classes = config.labels or [label for label in range(0 if kind else count) if label != null]
+    if not classes:
+        raise InputError(f"{kinds}: labels must name those to draw")
     return torch.tensor([classes[seed % len(classes)] for seed in seeds])
 
 

@@ -135,7 +135,7 @@ def parse_seed(text: str, num_images: int) -> int:
 def rows(films: list[Film]) -> str:
     """The films as HTML, one under the other, the teacher's first; a frame around what shows another digit than its."""
     ruler, teacher = load_ruler(), films[0]
-    fits = ruler.fits(teacher.images)
+    fits = ruler.fits(teacher.images.shape[1:])
     seen = [ruler.extract(film.images)[1].argmax(1).tolist() for film in films] if fits else []
     steps, count = len(teacher.states) - 1, len(teacher.images)
     parts = [

@@ -1,5 +1,6 @@
 """Write a model for other programs: the student in its real bits, or teacher and student as ONNX."""
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +43,20 @@ def export(config: ExportConfig) -> Path:
     if holds_model(config.output):
         raise InputError(f"{config.output} holds a model: choose another output")
     prepare_output(path)
-    if packed:
-        model.denoiser.save_pretrained(config.output)
-    else:
-        try:
+    schedule = config.output / "scheduler" / "scheduler_config.json"
+    write_json(schedule, dict(model.schedule.config))  # first: without it a model is taken for one of DDPM's schedule
+    try:
+        if packed:
+            model.denoiser.save_pretrained(config.output)
+        else:
             with progress("export", 1) as advance:
                 export_onnx(model.denoiser, path)
                 advance(1)
-        except ValueError as error:
+    except BaseException as error:
+        shutil.rmtree(schedule.parent)
+        if isinstance(error, ValueError):
             raise InputError(f'"{config.model}" cannot be exported: {error}') from error
-    write_json(config.output / "scheduler" / "scheduler_config.json", dict(model.schedule.config))
+        raise
     print(f"{config.model}, {model.bits}, in {path} ({path.stat().st_size:,} bytes)")
     return path
 

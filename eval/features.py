@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -207,11 +208,11 @@ class Ruler:
     """What real images that no network learned from score: fields of `Score`, without those that need a teacher, with
     `num_images`. No model can be expected below their FID at that number of images. None: not known."""
 
-    def fits(self, images: Tensor) -> bool:
-        """Whether it measures images of this shape."""
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it measures images of this shape, (H, W) or (H, W, C)."""
         if self.shape is None:
-            return images.dim() == 3 or images.shape[3] == 3
-        return tuple(images.shape[1:]) == self.shape
+            return len(shape) == 2 or shape[2] == 3
+        return tuple(shape) == self.shape
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features and logits of images that it measures, as `extract` gives them."""

@@ -13,7 +13,7 @@ from eval.features import load_ruler
 from eval.metrics import Sums, fid_of_sums
 from eval.models import Model, load_model
 from eval.plots import image_grid, to_png
-from eval.sample import DrawConfig, draw
+from eval.sample import DrawConfig, draw, stored_shape
 
 
 @dataclass
@@ -97,17 +97,16 @@ def draw_models(config: GridConfig) -> Path:
         if model.shape != models[0].shape:
             raise InputError(f'"{model.name}" draws images of {model.shape}, "{models[0].name}" of {models[0].shape}')
     ruler = load_ruler(config.features)
+    reference = ruler.reference if config.num_images and ruler.fits(stored_shape(models[0])) else None
+    if config.num_images and reference is None:
+        raise InputError(f"num_images must be 0: the ruler {ruler.digest} has no FID of images of {models[0].shape}")
     prepare_output(config.output)
     rows = []
     for model in models:
         images, _ = draw(model, config.drawing)
-        if config.num_images:
-            if ruler.reference is None or not ruler.fits(images):
-                raise InputError(
-                    f"num_images must be 0: the ruler {ruler.digest} has no FID of images of {model.shape}"
-                )
+        if reference is not None:
             features, _ = ruler.extract(images[: config.num_images])
-            fid = fid_label(fid_of_sums(Sums.of(features), Sums.kept(ruler.reference)), config.num_images)
+            fid = fid_label(fid_of_sums(Sums.of(features), Sums.kept(reference)), config.num_images)
         else:
             fid = recorded_fid(model, config.drawing)
         rows.append((row_label(model, fid), images[: config.columns]))

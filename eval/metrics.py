@@ -422,7 +422,7 @@ def measure(images: Tensor, teacher_images: Tensor, ruler: Ruler | None = None) 
     difference = (images.float() - teacher_images.float()) / 127.5
     estimates: dict[str, Estimate] = {"mse_to_teacher": mean(difference.square().flatten(1).mean(1))}
     digests = {"features": "none", "features_second": "none"}
-    if ruler.fits(images):
+    if ruler.fits(images.shape[1:]):
         features, logits = ruler.extract(images)
         teacher_features, teacher_logits = ruler.extract(teacher_images)
         parts = _of_features(images, features, logits, ruler)

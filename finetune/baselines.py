@@ -64,6 +64,9 @@ def published_distill(
         scale_aware=True,
         lr_adapters=lr_factor * LR_ADAPTERS,
         lr_affine=0,
+        lr_weight_scales=1,  # these three as below
+        lr_act_scales=1,
+        lr_zero_points=1,
         max_grad_norm=math.inf,
     )
     groups = parameter_groups(student, config)

@@ -195,7 +195,7 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
         learn(f"{name}.weight_scale", [weights.scale], config.lr_weight_scales * weight_scale, weight_scale / 100)
         learn(f"{name}.act_scale", [activations.scale], config.lr_act_scales * act_scale, act_scale / 100)
         learn(f"{name}.act_zero_point", [activations.zero_point], config.lr_zero_points)
-    norms = [module for module in student.modules() if isinstance(module, nn.GroupNorm)]
+    norms = [module for module in student.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
     lr_norms = config.lr_affine * common_act_scale if config.learn == "adapters" else config.lr_weights * common_scale
     learn("norms", [parameter for norm in norms for parameter in norm.parameters()], lr_norms)
     return groups

@@ -155,6 +155,17 @@ class LadderConfig:
             raise ValueError(f"rungs must name different rungs, at least one, not {list(self.rungs)}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        if len(set(self.teacher_steps)) < len(self.teacher_steps):
+            raise ValueError(f"teacher_steps must be different numbers, not {list(self.teacher_steps)}")
+        whole = RunConfig()
+        for field_name, value, must in (
+            ("output", self.base.output, whole.output),
+            ("recipe", self.base.recipe, whole.recipe),
+            ("distill.objective", self.base.distill.objective, whole.distill.objective),
+            ("distill.learn", self.base.distill.learn, whole.distill.learn),
+        ):
+            if value != must:
+                raise ValueError(f"base.{field_name} is left out: each rung has its own, and the full method {must}")
         # What a later rung would refuse is refused before anything long starts.
         for num_steps in self.teacher_steps:
             if num_steps < 1:
@@ -251,7 +262,7 @@ def _students(config: LadderConfig) -> list[tuple[list[str], int]]:
 
 
 def _refuse_unmeasured(teacher: Model, ruler: Ruler) -> None:
-    if ruler.reference is None or (ruler.shape is not None and teacher.shape != (1, *ruler.shape)):
+    if ruler.reference is None or not ruler.fits(stored_shape(teacher)):
         raise InputError(
             f"the ruler {ruler.digest} has no FID of images of {teacher.shape}: base.features names another"
         )

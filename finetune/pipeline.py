@@ -159,7 +159,7 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     solver = check_student(config, teacher)
     images = _training_images(config, teacher) if _uses_data(config) else None
     run = RunState(config.output, fingerprint(config, teacher), config.tracker)
-    announce(config, teacher, run.state["update"] if run.state else 0)
+    announce(config, teacher, run.progress(config.distill.num_updates)[0])
     save_config(config, config.output / "config.yaml")
     stopwatch = _Stopwatch()
     drawn = dataclasses.astuple(config.teacher_sampler)
@@ -170,7 +170,13 @@ def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int
     torch.manual_seed(config.seed)
     timesteps = solver.timesteps.tolist()
     states = calibration_states(buffer, solver, config.calibration_trajectories)
-    conditions = {} if buffer.labels is None else {"class_labels": buffer.labels[: config.calibration_trajectories]}
+    conditions = {}
+    if buffer.labels is not None:
+        labels, null = buffer.labels[: config.calibration_trajectories], config.sampler.null_class
+        if null is not None and config.sampler.guidance_scale != 1:  # then half of all that is asked is of this class
+            states = {t: torch.cat([x, x]) for t, x in states.items()}
+            labels = torch.cat([labels, torch.full_like(labels, null)])
+        conditions = {"class_labels": labels}
     with progress("calibration", 1) as advance:
         if config.recipe == "published":
             ptq = published_start(teacher.denoiser, config.student, timesteps, states, **conditions)
@@ -208,6 +214,8 @@ def check_student(config: RunConfig, teacher: Model) -> Solver:
         raise InputError(f'no student of "{config.teacher}" as runtime "{config.runtime}": {error}') from error
     fine = teacher_solver.timesteps[:: config.teacher_steps]
     if not torch.equal(fine, solver.timesteps):
+        if config.recipe == "published" and config.teacher_steps == 1:
+            raise InputError('recipe "published" has DDIM\'s timesteps, which are others: take sampler.solver "ddim"')
         raise InputError(f"teacher_steps {config.teacher_steps}: the student's timesteps are not the teacher's")
     return solver
 
@@ -329,7 +337,8 @@ def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
     student = SIMULATED if config.runtime == "simulated" else INTEGER.get(choose().isa, 1)
     calibration = CALIBRATION + RECONSTRUCTION * config.student.reconstruction
     scored = config.num_images * steps
-    unit = _seconds_per_evaluation(teacher, solver, config.batch_size)
+    most = max(config.num_trajectories, config.num_images)  # of one batch
+    unit = _seconds_per_evaluation(teacher, solver, min(config.batch_size, most))
     stages = (  # and their costs, in evaluations of the teacher on one sample
         (f"{config.num_trajectories} trajectories of {teacher_steps} steps", config.num_trajectories * teacher_steps),
         ("calibration", config.calibration_trajectories * steps * calibration),
@@ -376,7 +385,8 @@ def _uses_data(config: RunConfig) -> bool:
 def _facts(config: RunConfig, made: Made, distillation: float) -> list[str]:
     bits, options, seconds = config.student, config.distill, made.seconds
     shortcut = ", shortcut over the last skip" if bits.edge_shortcut else ""
-    ranges = "for each denoising step" if bits.per_step else "for all denoising steps together"
+    apart = bits.per_step and config.recipe == "distill"
+    ranges = "for each denoising step" if apart else "for all denoising steps together"
     if config.recipe == "published":
         what = "the recipe of EfficientDM's published code"
     elif options.objective == "rollout":

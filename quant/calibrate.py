@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -31,15 +32,15 @@ def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: 
     weights are set anew as well (`quant/reconstruct.py`).
 
     Of the activations nothing is kept: it takes little more memory than a forward pass of the states of one timestep.
-    Reconstruction takes about twice that of eight times as many states.
+    Reconstruction takes about twice that of eight times as many states, and of two of each timestep at least.
 
     Args:
         states: for each of the clock's timesteps t, states x_t float (N, C, H, W).
         conditions: further arguments of the network, a row for each of the N, such as class_labels (N,).
 
     Raises:
-        ValueError: the timesteps are not exactly the clock's, or the model was calibrated or frozen before; under
-            reconstruction, a layer runs more than once in a forward pass.
+        ValueError: the timesteps are not exactly the clock's, the model was calibrated or frozen before, or a layer
+            does not run exactly once in a forward pass.
     """
     require_student(model)
     if model.is_calibrated:
@@ -92,7 +93,10 @@ def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: d
     if not per_step:  # in place from the start: small tensors that stay between large ones keep the memory of these
         of_all_steps = {quantizer: quantizer.scale.new_empty(len(states), count) for quantizer in quantizers}
 
+    calls: Counter[Any] = Counter()
+
     def look(row: int, quantizer: Any, inputs: tuple[Tensor], _: Tensor) -> None:
+        calls[quantizer] += 1
         flat = inputs[0].flatten()
         index = torch.randint(flat.numel(), (count - 2,), generator=torch.Generator().manual_seed(0))
         values = torch.cat([flat[index.to(flat.device)], torch.stack(flat.aminmax())])
@@ -105,6 +109,12 @@ def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: d
         for row, t in enumerate(model.clock.timesteps):
             with _hooks(quantizers, partial(look, row)):
                 model(states[t], t, **conditions)
+            for name, layer in model.layers():
+                if (times := calls.pop(layer.act_quantizer, 0)) != 1:
+                    raise ValueError(
+                        f"{name} runs {times} times in a forward pass, not once: turn chunked feed-forward off, and "
+                        "hand over all that the network takes"
+                    )
     for quantizer, values in of_all_steps.items():
         quantizer.initialise(values.flatten(), search)
 
@@ -141,21 +151,14 @@ def _correct_biases(model: QuantizedUNet, states: dict[float, Tensor], condition
 
 
 def _reconstruct(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
-    """Over one batch of four times as many states as a denoising step has, spread over the steps, each state twice."""
+    """Over one batch of four times as many states as a denoising step has, and one of each step at least, spread over
+    the steps; each state twice."""
     size = len(next(iter(states.values())))
     each = math.ceil(4 * size / len(states))  # of one step, which go on where those of the last step end
     places = [(t, (row * each + i) % size) for row, t in enumerate(states) for i in range(each)] * 2
     x = torch.stack([states[t][i] for t, i in places])
     rows = {name: values[[i for _, i in places]] for name, values in conditions.items()}
-    seen: set[Any] = set()
-
-    def once(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        if layer in seen:
-            raise ValueError("reconstruction needs a network whose layers run once: turn chunked feed-forward off")
-        seen.add(layer)
-        return reconstruct(model.quant_config.search, layer, inputs, output)
-
-    with _hooks((layer for _, layer in model.layers()), once):
+    with _hooks((layer for _, layer in model.layers()), partial(reconstruct, model.quant_config.search)):
         model(x, torch.tensor([t for t, _ in places], device=x.device), **rows)
 
 

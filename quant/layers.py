@@ -41,7 +41,8 @@ class QuantLayer(nn.Module):
         per_step: bool = True,
     ):
         super().__init__()
-        self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        weight = layer.weight.detach().clone(memory_format=torch.contiguous_format)  # also of a channels-last network
+        self.weight = nn.Parameter(weight, requires_grad=False)
         bias = self.weight.new_zeros(len(self.weight)) if layer.bias is None else layer.bias.detach().clone()
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.weight_shape = self.weight.shape

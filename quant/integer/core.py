@@ -177,6 +177,8 @@ def choose(isa: str | None = None) -> Core:
         ValueError: the installation has no core, or the processor lacks that instruction set.
     """
     cores = available()
+    if not cores and built():
+        raise ValueError("of the integer cores that were built none is of use here: install the package again")
     if not cores:
         raise ValueError(
             "the integer core was not built, for lack of a C++ compiler at installation: "

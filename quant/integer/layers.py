@@ -48,7 +48,7 @@ class IntegerLayer:
         stride, padding, dilation, groups = geometry
         if isinstance(padding, str):
             raise ValueError(f'{name}: padding "{padding}" is not supported on integers, only numbers')
-        self.number, self.name, self.layer, self.first_channel = number, name, layer, first_channel
+        self.number, self.name, self.first_channel = number, name, first_channel
         self.shift = 0
         self.high: IntegerLayer | None = None
         self.stride, self.dilation, (y, x) = (_pair(value) for value in (stride, dilation, padding))

@@ -155,11 +155,36 @@ def test_what_a_launcher_left_behind_is_named(variables, reason, monkeypatch, ca
     assert said.endswith("unset them, or start with accelerate launch\n")
 
 
-def test_memory_that_torch_cannot_have_is_one_line(capsys):
+CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.25 GiB of which 9.25 GiB is"
+MPS = "MPS backend out of memory (MPS allocated: 6.53 GB, max allowed: 9.07 GB). Tried to allocate 4.00 GB on a pool."
+
+
+def accelerator(message):
+    raise torch.OutOfMemoryError(message)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda config: torch.empty(1 << 50), r"can't allocate memory: you tried to allocate \d+ bytes"),
+        (lambda config: torch.empty(1 << 40, 1 << 40), "Storage size calculation overflowed"),
+        (lambda config: accelerator(CUDA), "CUDA out of memory. Tried to allocate 20.00 GiB"),
+        (lambda config: accelerator(MPS), r"MPS backend out of memory \(.*\). Tried to allocate 4.00 GB"),
+        (lambda config: accelerator("HIP out of memory"), "HIP out of memory"),
+    ],
+)
+def test_memory_that_torch_cannot_have_is_one_line(ask, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        run_command("prog", lambda config: torch.empty(1 << 50), RunConfig, [])
+        run_command("prog", ask, RunConfig, [])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("prog: there is not enough memory (can't allocate memory: you tried")
+    assert re.fullmatch(rf"prog: there is not enough memory \({message}\)\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("words", [["--batch_size", str(1 << 63)], ["--sampler.labels", f"[1, {1 << 70}]"]])
+def test_integers_of_more_than_64_bits_are_refused(words, refuse):
+    assert re.search(
+        r"prog: (batch_size|sampler.labels) must be less than 2\^63, not \d+", refuse(print, RunConfig, words)
+    )
 
 
 def test_the_help_tells_the_defaults_of_the_usual_config(capsys):

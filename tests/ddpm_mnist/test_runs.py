@@ -285,6 +285,12 @@ def test_a_folder_that_may_not_be_written_into_is_refused_at_once(tmp_path, monk
         prepare_output(tmp_path / "x.json")
 
 
+def test_links_in_a_circle_are_no_place(tmp_path):
+    (tmp_path / "x.json").symlink_to(tmp_path / "x.json")
+    with pytest.raises(InputError, match=r"cannot write .*x\.json"):
+        prepare_output(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize("part", ["scheduler", "model.safetensors", "model.onnx", "unet"])
 def test_what_a_model_is_made_of_is_not_written_over(part, tmp_path):
     (tmp_path / part).touch()

@@ -3,7 +3,7 @@ import hashlib
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, DPMSolverMultistepScheduler
 
 from ddpm_mnist import InputError
 from ddpm_mnist.noise import draw_noise, image_generators
@@ -158,6 +158,15 @@ def test_every_number_of_steps_that_is_accepted_can_be_sampled():
             continue
         assert len(solver.timesteps) == num_steps
         assert solver.timesteps.min() >= 0
+
+
+def test_no_room_is_made_for_more_steps_than_there_are(monkeypatch):
+    asked = []
+    monkeypatch.setattr(DPMSolverMultistepScheduler, "set_timesteps", lambda self, steps: asked.append(steps))
+    for num_steps in (1001, 10**12):
+        with pytest.raises(InputError, match=f"num_steps {num_steps} cannot be spaced over 1000 timesteps"):
+            Solver(SamplerConfig(num_steps=num_steps))
+    assert asked == []
 
 
 def test_batches_cover_the_seeds_once():

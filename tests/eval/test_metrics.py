@@ -530,7 +530,7 @@ def test_inception_measures_any_size(channels, inception):
 
     assert score["fid_to_teacher"] == pytest.approx(eigenvalue_fid(means(images), means(others)), rel=1e-3)
     torch.testing.assert_close(ruler.extract(images)[0].double(), means(images), rtol=0, atol=1e-6)
-    assert not ruler.fits(torch.zeros(2, 8, 12, 4, dtype=torch.uint8))
+    assert not ruler.fits((8, 12, 4))
 
 
 def test_inception_with_reference_images(inception, tmp_path):

@@ -16,7 +16,8 @@ from eval.fid import FidConfig, print_fid
 from eval.grid import GridConfig, draw_models
 from eval.models import load_model
 from eval.sample import SampleConfig, write_samples
-from finetune.pipeline import RunConfig, run
+from finetune.pipeline import RunConfig, distill_student, run
+from quant import calibrate
 
 SMALL = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
@@ -132,6 +133,75 @@ def test_classes_and_guidance(tmp_path, capsys):
     ):
         assert message in refusal(capsys, write_samples, SampleConfig, "--model", str(folder), *words)
     assert "it has no classes" in refusal(capsys, write_samples, SampleConfig, "--labels", "[1]")
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "message"),
+    [
+        ({"class_embed_type": "timestep"}, ["--labels", "[1048577]"], "(class_embed_type) 0…1048576: labels and"),
+        ({"class_embed_type": "timestep"}, [], "(class_embed_type) 0…1048576: labels must name those to draw"),
+        (
+            {"class_embed_type": "timestep"},
+            ["--labels", "[5]", "--null_class", "1048577", "--guidance_scale", "2"],
+            "0…1048576: labels and null_class must lie there",
+        ),
+        (
+            {"class_embed_type": "timestep", "time_embedding_type": "fourier"},
+            ["--labels", "[0]"],
+            "it has the times as classes (class_embed_type) 1…1048576: labels and null_class must lie there",
+        ),
+        (
+            {"class_embed_type": "timestep", "time_embedding_type": "learned", "num_train_timesteps": 1000},
+            ["--labels", "[1000]"],
+            "(class_embed_type) 0…999: labels and",
+        ),
+        ({"num_class_embeds": 1}, ["--null_class", "0"], "it has the classes 0…0: labels must name those to draw"),
+    ],
+)
+def test_classes_that_a_network_does_not_take_are_refused(options, words, message, tmp_path, capsys):
+    folder = make_folder(tmp_path / "model", **options)
+    words = ["--model", str(folder), "--num_steps", "3", "--output", str(tmp_path / "x.npy"), *words]
+    assert message in refusal(capsys, write_samples, SampleConfig, *words)
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_the_last_of_the_times_that_are_classes_is_drawn(tmp_path):
+    options = {"class_embed_type": "timestep", "time_embedding_type": "learned", "num_train_timesteps": 1000}
+    folder = make_folder(tmp_path / "model", **options)
+    assert draw(folder, tmp_path, "--num_steps", "2", "--labels", "[999]").shape == (4, 28, 28)
+
+
+def test_the_published_recipe_says_which_solver_it_needs(tmp_path, capsys):
+    folder = make_folder(tmp_path / "teacher")  # where DDIM and DPM-Solver++ space their steps differently
+    words = ["--teacher", str(folder), "--output", str(tmp_path / "run"), "--recipe", "published"]
+    message = 'recipe "published" has DDIM\'s timesteps, which are others: take sampler.solver "ddim"'
+    assert message in refusal(capsys, run, RunConfig, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_guidance_is_calibrated_on_both_of_its_classes(tmp_path, monkeypatch):
+    folder, seen = make_folder(tmp_path / "teacher", num_class_embeds=4), []
+
+    def spy(student, states, class_labels):
+        seen.append((next(iter(states.values())), class_labels.tolist()))
+        calibrate(student, states, class_labels=class_labels)
+
+    monkeypatch.setattr("finetune.pipeline.calibrate", spy)
+    config = RunConfig(tmp_path / "run", str(folder), num_trajectories=4, calibration_trajectories=3)
+    config.distill.num_updates, config.student.rank, config.student.search = 0, 2, "min-max"
+    config.sampler = SamplerConfig(num_steps=2, labels=(1, 2), null_class=0, guidance_scale=2.0)
+    distill_student(config)
+    (states, labels), *_ = seen
+    assert labels == [1, 2, 1, 0, 0, 0]
+    assert torch.equal(states[:3], states[3:])
+
+
+def test_a_grid_that_cannot_be_measured_is_refused_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
+    folder = make_folder(tmp_path / "model", sample_size=32)
+    monkeypatch.setattr("eval.grid.draw", None)
+    words = ["--models", str(folder), "--num_images", "2", "--output", str(tmp_path / "x.png")]
+    message = "num_images must be 0: the ruler "
+    assert message in refusal(capsys, draw_models, GridConfig, *words)
 
 
 def test_a_unet_without_a_scheduler_gets_a_word(tmp_path, capsys):

@@ -45,7 +45,9 @@ def test_as_published_learning_rates_fall_linearly_from_the_authors_values(
         seen.update(losses=[loss_of(u).item() for u in range(2)], clip=config.max_grad_norm)
 
     monkeypatch.setattr(baselines, "fit", spy)
-    config = DistillConfig(num_updates=4, batch_size=5, scale_aware=False)
+    # The recipe has rates of its own, whatever the config's are.
+    own = {"lr_weight_scales": 0, "lr_act_scales": 0, "lr_zero_points": 0}
+    config = DistillConfig(num_updates=4, batch_size=5, scale_aware=False, **own)
     published_distill(published, solver, buffer, config, RunState(tmp_path, {}), 0, lr_factor=3.0)
     for name, layer in published.layers():
         rates = [seen["groups"][f"{name}.{kind}"] for kind in ("lora", "weight_scale", "act_scale", "act_zero_point")]

@@ -1,4 +1,5 @@
 import importlib
+import io
 import json
 import re
 import signal
@@ -203,14 +204,20 @@ def test_a_damaged_state_gets_one_line(config_path, tmp_path, capsys):
     arguments = ["--config", str(config_path)]
     run_command("prog", run, RunConfig, arguments)
     capsys.readouterr()
-    (tmp_path / "run" / "state" / "latest.pt").write_bytes(b"PK")
-    with pytest.raises(SystemExit) as caught:
-        run_command("prog", run, RunConfig, arguments)
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert "latest.pt cannot be read" in err
-    assert err.count("latest.pt") == err.count("\n") == 1
-    assert err.endswith("to start anew\n")
+    path = tmp_path / "run" / "state" / "latest.pt"
+    saved = torch.load(path)
+    del saved["state"]["update"]
+    without_updates = io.BytesIO()
+    torch.save(saved, without_updates)
+    for content in (b"PK", without_updates.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit) as caught:
+            run_command("prog", run, RunConfig, arguments)
+        assert caught.value.code == 2
+        err = capsys.readouterr().err
+        assert "latest.pt cannot be read" in err
+        assert err.count("latest.pt") == err.count("\n") == 1
+        assert err.endswith("to start anew\n")
 
 
 def test_a_student_that_integers_cannot_follow_is_refused_before_anything_starts(
@@ -300,6 +307,20 @@ def test_a_factor_on_eps_travels_with_the_student(config_path, tmp_path, monkeyp
         config = json.loads((weights.parent / "scheduler" / "scheduler_config.json").read_text())
         assert read_schedule(config).eps_scale == 1.06
     assert load_model(str(tmp_path / "packed")).schedule.fields == student.schedule.fields
+
+    def fail(denoiser, path):
+        assert (path.parent / "scheduler" / "scheduler_config.json").is_file()  # no model is there without it
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr("eval.export.export_onnx", fail)
+    with pytest.raises(InputError, match='run" cannot be exported: no such operator'):
+        export(ExportConfig(str(tmp_path / "run"), "onnx", tmp_path / "none"))
+    assert not any((tmp_path / "none").iterdir())
+
+
+def test_the_plan_draws_no_more_than_the_job(config_path, tmp_path, capsys):
+    run_command("prog", run, RunConfig, ["--config", str(config_path), "--batch_size", str(1 << 40)])
+    assert "together, on this machine" in capsys.readouterr().out
 
 
 def test_a_student_is_no_teacher(student, tmp_path):

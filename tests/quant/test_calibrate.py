@@ -205,6 +205,22 @@ def test_a_calibration_that_fails_leaves_the_student_as_it_was(monkeypatch):
     calibrate(student, {900: states, 300: states})
 
 
+@pytest.mark.parametrize("options", [{}, {"per_step": False}, {"reconstruction": True}])
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_layer_runs_once_or_the_student_stays_as_it_was(times, options):
+    student = quantize(make(), QuantConfig(rank=2, **options), [900])
+    before, block = {name: x.clone() for name, x in student.state_dict().items()}, student.unet.mid_block
+    if times:
+        block.register_forward_hook(lambda _, inputs, output: block.resnets[0].conv1(output) * 0 + output)
+    else:
+        block.forward = lambda x, emb: x
+    with pytest.raises(
+        ValueError, match=rf"mid_block\.\S+ runs {times} times in a forward pass, not once: turn chunked"
+    ):
+        calibrate(student, {900: torch.randn(4, 1, 8, 8)})
+    assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
+
+
 def test_conditions_need_a_row_for_each_state():
     student, states = quantize(make(num_class_embeds=3), QuantConfig(rank=2), [900]), torch.randn(4, 1, 8, 8)
     for labels in (torch.tensor([1]), [0, 1, 2, 0], 1):

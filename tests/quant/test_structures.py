@@ -135,6 +135,9 @@ def path(unet, folder, exported):
         said = [str(w.message) for w in caught if "but:" in str(w.message)]
     calibrate(student, states, **conditions)
     groups = parameter_groups(student, DistillConfig())
+    learned = {parameter for group in groups for parameter in group["params"]}
+    norms = [module for module in student.modules() if type(module).__name__.endswith("Norm")]
+    assert learned.issuperset(parameter for norm in norms for parameter in norm.parameters(recurse=False))
     optimizer = torch.optim.Adam([{**group, "lr": group["peak_lr"]} for group in groups])
     before = student.unet.conv_in.lora_b.clone()
     x, t = torch.cat(list(states.values())), torch.tensor(timesteps).repeat_interleave(4)

@@ -700,6 +700,12 @@ def test_an_installation_without_a_core_names_the_other_runtime(monkeypatch, cap
     assert "--runtime simulated" in capsys.readouterr().out
 
 
+def test_cores_that_are_of_no_use_are_not_said_to_lack_a_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(core_module, "available", dict)
+    with pytest.raises(ValueError, match="of the integer cores that were built none is of use here: install the pack"):
+        choose()
+
+
 def test_the_installation_says_what_it_built(capsys):
     runpy.run_module("quant.integer", run_name="__main__")
     assert capsys.readouterr().out.endswith(f"this processor runs {next(iter(available()))}.\n")
