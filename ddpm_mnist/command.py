@@ -81,7 +81,7 @@ def run_command(
         parsed = parser.instantiate(parser.parse_args(_with_config_files(words, config_class, options)))
         del parsed["config"]
         config = config_class(**vars(parsed))
-        _refuse_no_numbers(dataclasses.asdict(config))
+        _check_numbers(dataclasses.asdict(config))
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, OverflowError) as error:
         _fail(prog, _in_our_words(str(error), parser), 2)
     with one_line_errors(prog, str(getattr(config, "output", ""))):
@@ -124,14 +124,14 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
         _fail(prog, "interrupted", 130)
 
 
-def _refuse_no_numbers(values: dict[str, Any]) -> None:
+def _check_numbers(values: dict[str, Any]) -> None:
     """ValueError where a number is NaN or infinite, or an integer of more than 64 bits: no option has a use for one."""
     for name, value in flat(values).items():
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{name} must be a number, not {number}")
             if isinstance(number, int) and abs(number) >= 1 << 63:
-                raise ValueError(f"{name} must be less than 2^63, not {number}")
+                raise ValueError(f"{name} must lie within ±2^63, not {number}")
 
 
 def _in_our_words(message: str, parser: jsonargparse.ArgumentParser) -> str:

@@ -290,7 +290,8 @@ def choose_labels(denoiser: Any, config: SamplerConfig, seeds: range) -> Tensor 
         first = int(embedding == "fourier")  # the logarithm is taken
         count = (options.num_train_timesteps or 0) if embedding == "learned" else LARGEST_TIME + 1
     kinds = f"it has the {kinds} {first}…{count - 1}"
-    if not all(first <= label < count for label in (*config.labels, first if null is None else null)):
+    named = config.labels if null is None else (*config.labels, null)
+    if not all(first <= label < count for label in named):
         raise InputError(f"{kinds}: labels and null_class must lie there")
     classes = config.labels or [label for label in range(0 if kind else count) if label != null]
     if not classes:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -157,15 +158,9 @@ class LadderConfig:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
         if len(set(self.teacher_steps)) < len(self.teacher_steps):
             raise ValueError(f"teacher_steps must be different numbers, not {list(self.teacher_steps)}")
-        whole = RunConfig()
-        for field_name, value, must in (
-            ("output", self.base.output, whole.output),
-            ("recipe", self.base.recipe, whole.recipe),
-            ("distill.objective", self.base.distill.objective, whole.distill.objective),
-            ("distill.learn", self.base.distill.learn, whole.distill.learn),
-        ):
-            if value != must:
-                raise ValueError(f"base.{field_name} is left out: each rung has its own, and the full method {must}")
+        for field_name in ("output", "recipe", "distill.objective", "distill.learn"):
+            if attrgetter(field_name)(self.base) != attrgetter(field_name)(RunConfig()):
+                raise ValueError(f"base.{field_name} must be left out: each rung has its own")
         # What a later rung would refuse is refused before anything long starts.
         for num_steps in self.teacher_steps:
             if num_steps < 1:

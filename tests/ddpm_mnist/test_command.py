@@ -183,7 +183,7 @@ def test_memory_that_torch_cannot_have_is_one_line(ask, message, capsys):
 @pytest.mark.parametrize("words", [["--batch_size", str(1 << 63)], ["--sampler.labels", f"[1, {1 << 70}]"]])
 def test_integers_of_more_than_64_bits_are_refused(words, refuse):
     assert re.search(
-        r"prog: (batch_size|sampler.labels) must be less than 2\^63, not \d+", refuse(print, RunConfig, words)
+        r"prog: (batch_size|sampler.labels) must lie within ±2\^63, not \d+", refuse(print, RunConfig, words)
     )
 
 

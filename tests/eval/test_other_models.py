@@ -10,7 +10,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 
 from ddpm_mnist.command import run_command
 from ddpm_mnist.noise import draw_noise, image_generators
-from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, denoise
+from ddpm_mnist.sampler import LARGEST_TIME, SamplerConfig, Solver, choose_labels, denoise
 from eval.export import ExportConfig, export
 from eval.fid import FidConfig, print_fid
 from eval.grid import GridConfig, draw_models
@@ -18,6 +18,7 @@ from eval.models import load_model
 from eval.sample import SampleConfig, write_samples
 from finetune.pipeline import RunConfig, distill_student, run
 from quant import calibrate
+from quant.integer.model import MAX_NUMBER
 
 SMALL = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
@@ -166,6 +167,7 @@ def test_classes_that_a_network_does_not_take_are_refused(options, words, messag
 
 
 def test_the_last_of_the_times_that_are_classes_is_drawn(tmp_path):
+    assert LARGEST_TIME == MAX_NUMBER  # what the sampler lets through integers take
     options = {"class_embed_type": "timestep", "time_embedding_type": "learned", "num_train_timesteps": 1000}
     folder = make_folder(tmp_path / "model", **options)
     assert draw(folder, tmp_path, "--num_steps", "2", "--labels", "[999]").shape == (4, 28, 28)
