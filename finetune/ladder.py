@@ -65,9 +65,9 @@ RUNGS: dict[str, Rung] = {
     "ptq-error": Rung({**NO_TRAINING, **PLAIN}),
     "ptq-error-per-step": Rung({**NO_TRAINING, **PAPER}),
     "ptq": Rung(NO_TRAINING),
-    "qalora": Rung({**PER_STEP, **PLAIN, "distill.scale_aware": False}),
-    "scale-aware": Rung({**PER_STEP, **PLAIN}),
-    "talsq": Rung({**PER_STEP, **PAPER}),
+    "qalora": Rung({**PER_STEP, **PLAIN, "distill.scale_aware": False}, repeated=True),
+    "scale-aware": Rung({**PER_STEP, **PLAIN}, repeated=True),
+    "talsq": Rung({**PER_STEP, **PAPER}, repeated=True),
     # The objective, from `ptq` on.
     "denoising": Rung({**DENOISING, **FIXED}),
     "in-order": Rung({**PER_STEP, "distill.objective": "per-step-in-order"}),
