@@ -39,16 +39,16 @@ def test_the_ladder_writes_tables_and_pictures(config_path, tmp_path, capsys):
     run_command("prog", climb, LadderConfig, ["--config", str(config_path)])
     folder = tmp_path / "ladder"
     scores = json.loads((folder / "ladder.json").read_text())
-    names = ["ptq-min-max", "talsq", "published", *["w2a4"] * 3, "full-10-steps", "for-5-steps"]
+    names = ["ptq-min-max", *["talsq"] * 3, "published", *["w2a4"] * 3, "full-10-steps", "for-5-steps"]
     assert [score["model"] for score in scores] == ["teacher", "teacher-2-steps", *names]
-    assert [score["num_steps"] for score in scores] == [3, 2, *[3] * 6, 10, 5]
-    assert [score.get("distillation_seed") for score in scores] == [None, None, 0, 0, 0, 0, 1, 2, 0, 0]
+    assert [score["num_steps"] for score in scores] == [3, 2, *[3] * 8, 10, 5]
+    assert [score.get("distillation_seed") for score in scores] == [None, None, 0, 0, 1, 2, 0, 0, 1, 2, 0, 0]
     assert scores[0]["mse_to_teacher"] == 0 < scores[1]["mse_to_teacher"]
     assert len({score["fid"] for score in scores}) == len(scores)
     assert {score["weight_bits"] for score in scores if score["model"] == "w2a4"} == {2}
     table = (folder / "ladder.md").read_text()
     assert "| w2a4 | W2A4 | 3 | 3 |" in table
-    assert "| talsq (step5) | W4A4 | 3 | 1 |" in table
+    assert "| talsq (step5) | W4A4 | 3 | 3 |" in table
     assert "| full-10-steps | W4A4 | 10 | 1 |" in table
     for name in ("grid", "widths", "rungs", "bits", "cost", "errors", "digit", "step_sizes_w2a4"):
         assert matplotlib.image.imread(folder / f"{name}.png")[..., :3].std() > 0.03, name
@@ -57,7 +57,7 @@ def test_the_ladder_writes_tables_and_pictures(config_path, tmp_path, capsys):
     before = (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns
     run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["step5", "in-order"]'])
     assert (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns == before
-    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][2:] == ["talsq", "in-order"]
+    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][2:] == [*["talsq"] * 3, "in-order"]
     run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["step1"]'])
     assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())] == ["teacher", "teacher-2-steps"]
 
