@@ -75,13 +75,18 @@ def run_command(
         parser.set_defaults(flat(read_yaml(CONFIGS / f"{default}.yaml")))  # for the help to tell
     try:
         for word in words:
+            _check_encoding("the command line", word)
             option, _, _ = word.partition("=")
             if option.startswith("--") and option[2:] not in options:
                 raise ValueError(_no_option(option[2:], options))
         parsed = parser.instantiate(parser.parse_args(_with_config_files(words, config_class, options)))
         del parsed["config"]
         config = config_class(**vars(parsed))
-        _check_numbers(dataclasses.asdict(config))
+        values = flat(dataclasses.asdict(config))
+        _check_numbers(values)
+        for name, value in values.items():
+            if isinstance(value, str | Path):
+                _check_encoding(f"--{name}", str(value))
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, OverflowError) as error:
         _fail(prog, _in_our_words(str(error), parser), 2)
     with one_line_errors(prog, str(getattr(config, "output", ""))):
@@ -126,12 +131,25 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
 
 def _check_numbers(values: dict[str, Any]) -> None:
     """ValueError where a number is NaN or infinite, or an integer of more than 64 bits: no option has a use for one."""
-    for name, value in flat(values).items():
+    for name, value in values.items():
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{name} must be a number, not {number}")
             if isinstance(number, int) and abs(number) >= 1 << 63:
                 raise ValueError(f"{name} must lie within ±2^63, not {number}")
+
+
+def _check_encoding(place: str, text: str) -> None:
+    """ValueError for letters that the locale's encoding lacks, in which the system's names of files are written."""
+    try:
+        os.fsencode(text)
+        text.encode()  # bytes of the command line that are none of that encoding stand as halves of a letter
+    except UnicodeError as error:
+        encoding = sys.getfilesystemencoding()
+        utf8 = "" if encoding == "utf-8" else "set PYTHONUTF8=1, or "
+        raise ValueError(
+            f"{place}: {text!r} is not in the locale's encoding, {encoding}: {utf8}take another name"
+        ) from error
 
 
 def _in_our_words(message: str, parser: jsonargparse.ArgumentParser) -> str:
@@ -239,9 +257,8 @@ def _config_names() -> str:
 
 
 def _with_config_files(words: list[str], config_class: type, options: Collection[str]) -> list[str]:
-    """`words` with the file of each --config in the place of its name, checked: the parser's own reader follows
+    """`words` with the text of each --config file in the place of its name, checked: the parser's own reader follows
     aliases, imports what a `class_path` names, and does not say which file it speaks of."""
-    words = list(words)
     for at, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option == "--config" and (equals or at + 1 < len(words)):
@@ -251,10 +268,11 @@ def _with_config_files(words: list[str], config_class: type, options: Collection
                 raise ValueError(f'no configuration "{value}": neither a file nor one of {_config_names()}')
             content = read_yaml(path)
             _check_content(path, config_class, content, options)
-            words[at if equals else at + 1] = f"--config={path}" if equals else str(path)
-            if not content:  # nothing but comments: the parser's reader wants at least an option
-                del words[at : at + (1 if equals else 2)]
-                return _with_config_files(words, config_class, options)
+            # Its text in ASCII: the parser would read the file in the locale's encoding. It wants at least an option.
+            events = yaml.parse(read_limited(path, MAX_CONFIG_BYTES), yaml.SafeLoader)
+            text = [f"--config={yaml.emit(events)}"] if content else []
+            rest = _with_config_files(words[at + (1 if equals else 2) :], config_class, options)
+            return [*words[:at], *text, *rest]
     return words
 
 

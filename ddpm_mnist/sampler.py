@@ -34,6 +34,9 @@ DPM_OPTIONS = {
     "lambda_min_clipped": -float("inf"),
 }
 
+# Names that only other schedulers know for fields of DPM-Solver++. diffusers' own takes the default in their place.
+OTHERS_NAMES = {"algorithm_type": ("deis",), "solver_type": ("logrho", "bh1", "bh2")}
+
 # A denoiser is called as `denoiser(x_t, t, class_labels).sample`: x_t float (N, C, H, W), t long (N,), class_labels
 # long (N,) or None. It has a `config` as UNet2DModel's.
 Denoiser = Callable[..., Any]
@@ -84,6 +87,7 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
     """
     kind: Any = DDIMScheduler if config.solver == "ddim" else DPMSolverMultistepScheduler
     fields = {key: schedule.fields[key] for key in inspect.signature(kind).parameters if key in schedule.fields}
+    fields = {key: value for key, value in fields.items() if value not in OTHERS_NAMES.get(key, ())}
     clip_range = schedule.clip_range(config.solver)
     if config.solver == "dpm++":
         if clip_range not in (None, 1.0):

@@ -8,7 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError
 
 from ddpm_mnist import InputError
-from ddpm_mnist.runs import HALF
+from ddpm_mnist.runs import HALF, write_bytes
 from ddpm_mnist.scheduler import EpsilonScalingScheduler
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -88,15 +88,14 @@ def save_teacher(unet: UNet2DModel, folder: Path, eps_scale: float = 1.0) -> Non
     """Write a folder for `DDPMPipeline.from_pretrained`: model_index.json, unet/ and scheduler/."""
     pipeline = DDPMPipeline(unet=unet, scheduler=make_sampling_scheduler(eps_scale))
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=HALF, dir=folder) as beside:  # a file is whole or not there
+    with tempfile.TemporaryDirectory(prefix=".", suffix=HALF, dir=folder) as beside:
         try:
             pipeline.save_pretrained(beside)
         except SafetensorError as error:  # of a full disk, for one
             raise InputError(f"cannot write {folder}: {error}") from error
-        for path in Path(beside).rglob("*.*"):
-            target = folder / path.relative_to(beside)
-            target.parent.mkdir(exist_ok=True)
-            path.replace(target)
+        # Weights first: a folder with a config is whole. Not renamed: safetensors lets only the owner read its files.
+        for path in sorted(Path(beside).rglob("*.*"), key=lambda path: path.suffix == ".json"):
+            write_bytes(folder / path.relative_to(beside), path.read_bytes())
 
 
 def load_teacher(folder: Path = PRETRAINED) -> UNet2DModel:

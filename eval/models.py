@@ -20,12 +20,14 @@ from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
 from ddpm_mnist.unet import PRETRAINED
 from eval.table import bits_label
 from quant import IntegerUNet, QuantizedUNet, to_integer
-from quant.structure import check_config, try_out
+from quant.structure import EMA_FIELDS, check_config, is_of_ema, try_out
 
 STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
 RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDENTS}}
 # How a student runs: on the CPU's integers, or simulated in float, on the accelerator if there is one.
 RUNTIMES = ("integer", "simulated")
+# A pipeline's or a training's folders of the network, beside which its scheduler lies.
+NETWORKS = ("unet", "unet_ema")
 # The files of diffusers' weights by their variant: whole, or the index of several.
 WEIGHTS = {
     None: (SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json"),
@@ -159,6 +161,8 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
     except Exception as error:  # whatever diffusers, safetensors or torch have to say of a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
+    if is_of_ema(config):
+        print(f"{place} is diffusers' EMAModel: its fields {', '.join(sorted(EMA_FIELDS))} are ignored")
     if own_schedule is None:
         print(f"{place} has no scheduler: DDPM's 1000 linear steps and ε are taken for granted")
     return model
@@ -197,7 +201,7 @@ def _refuse_latents(place: Path) -> None:
     """ValueError where a pipeline has more than the network and its scheduler: its network draws something else."""
     place = place.resolve()
     for path in (place / "model_index.json", place.parent / "model_index.json"):
-        if path.is_file() and (path.parent == place or place.name == "unet"):
+        if path.is_file() and (path.parent == place or place.name in NETWORKS):
             parts = {name for name, value in read_config(path).items() if isinstance(value, list) and any(value)}
             if others := sorted(parts - {"unet", "scheduler"}):
                 raise ValueError(
@@ -212,7 +216,7 @@ def _load_schedule(place: Path) -> Schedule | None:
         ValueError: its pipeline names one, but it is not there.
     """
     place = place.resolve()  # the folder of a pipeline's network may be reached by a link, or be the current one
-    folders = [place, place.parent] if place.name == "unet" else [place]
+    folders = [place, place.parent] if place.name in NETWORKS else [place]
     for folder in folders:
         for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
             if path.is_file():

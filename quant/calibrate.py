@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.context import plain_torch
 from quant.convert import QuantizedUNet, require_student
 from quant.quantizers import ActivationQuantizer, WeightQuantizer, as_number
 from quant.reconstruct import reconstruct
@@ -24,6 +25,7 @@ STATES_PER_STEP = 16
 
 
 @torch.no_grad()
+@plain_torch()
 def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: Tensor) -> None:
     """Initialise `model`'s activation step sizes and zero points from each step's own activations; then its biases.
 

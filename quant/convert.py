@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quant.checkpoint import read_checkpoint, write_checkpoint
+from quant.context import plain_torch
 from quant.functional import FEW, FINE, check_bits
 from quant.integer.program import refuse_unsupported
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
 from quant.quantizers import SMALLEST, Clock
-from quant.structure import check_structure, make, try_out
+from quant.structure import check_structure, make, own_fields, try_out
 
 # The tables of an activation quantizer, by their names in the state dict.
 ACT_TABLES = ("scale", "zero_point")
@@ -84,7 +85,8 @@ class QuantizedUNet(nn.Module):
     """A denoiser of low bits: `model(x_t, t).sample`, with the arguments of the UNet that it was made from.
 
     Sets the clock from t in each forward; samples of one batch may have different t. For a t between two of
-    `clock.timesteps` step sizes and zero points are interpolated. It computes in float32, also under autocast.
+    `clock.timesteps` step sizes and zero points are interpolated. It computes in float32, also under autocast and
+    whatever the process's default dtype.
 
     Attributes:
         is_calibrated: whether `calibrate` was here, which may come but once.
@@ -97,6 +99,7 @@ class QuantizedUNet(nn.Module):
         self.clock = clock
         self.is_calibrated = False
 
+    @plain_torch(inference=True)
     def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError after a conversion to half precision, and under gradient checkpointing."""
         if self.dtype != torch.float32:
@@ -107,12 +110,9 @@ class QuantizedUNet(nn.Module):
         dtype = torch.float32 if isinstance(timestep, float) else None
         t = torch.as_tensor(timestep, device=sample.device, dtype=dtype)
         t = (t.float() if t.is_floating_point() else t).reshape(-1).expand(sample.shape[0])
-        kind = sample.device.type
-        autocast = torch.is_autocast_enabled(kind)  # asked, for an exported graph would keep the context
         self.clock.set(t)
         try:
-            with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-                return self.unet(sample.float(), t, *args, **kwargs)
+            return self.unet(sample.float(), t, *args, **kwargs)
         finally:
             self.clock.unset()
 
@@ -147,6 +147,7 @@ class QuantizedUNet(nn.Module):
             for layer in layers:
                 layer.shared_weight = None
 
+    @plain_torch()
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into `folder`, weights in their real bits.
 
@@ -162,13 +163,14 @@ class QuantizedUNet(nn.Module):
             tensors[f"act_quantizers.{table}"] = torch.stack([tensors.pop(name) for name in names])
         config = {
             "class": type(self.unet).__name__,
-            "unet": {key: value for key, value in self.config.items() if not key.startswith("_")},
+            "unet": own_fields(self.config),
             "quantization": dataclasses.asdict(self.quant_config),
             "timesteps": self.clock.timesteps,
         }
         write_checkpoint(Path(folder), tensors, bits, config)
 
     @classmethod
+    @plain_torch()
     def from_pretrained(cls, folder: str | Path) -> "QuantizedUNet":
         """Read what `save_pretrained` wrote; nothing else is needed. The model is frozen.
 
@@ -239,6 +241,7 @@ def _check(tensors: dict[str, Tensor], model: QuantizedUNet, config: dict[str, A
             raise ValueError(f"size mismatch for {name}: {' is saved, '.join(sizes)} is asked for")
 
 
+@plain_torch()
 def quantize(unet: nn.Module, config: QuantConfig, timesteps: Sequence[float] | Tensor) -> QuantizedUNet:
     """A quantized copy of `unet`; weights have their searched step sizes, activations await `calibrate`.
 
@@ -269,6 +272,7 @@ def quantize(unet: nn.Module, config: QuantConfig, timesteps: Sequence[float] | 
     return model
 
 
+@plain_torch()
 def freeze(model: QuantizedUNet) -> QuantizedUNet:
     """A copy of `model` whose adapters are merged, and whose weights are codes.
 
@@ -320,6 +324,10 @@ def _in_half(x: Tensor) -> Tensor:
 def _convert(network: nn.Module, config: QuantConfig, timesteps: Sequence[float] | Tensor) -> QuantizedUNet:
     """The structure of the quantized model; its step sizes are yet to be set."""
     unet: Any = copy.deepcopy(network).requires_grad_(False).float().eval()
+    for (
+        module
+    ) in unet.modules():  # only the class's own passes `check_structure`; accelerate's `unwrap_model` leaves it
+        vars(module).pop("forward", None)
     if unet.is_gradient_checkpointing:
         unet.disable_gradient_checkpointing()
     clock = Clock(timesteps)

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from quant.context import plain_torch
 from quant.convert import QuantizedUNet
 from quant.layers import QuantLayer
 
@@ -20,6 +21,7 @@ OPSET = 21
 UNSUPPORTED = ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 
 
+@plain_torch()
 def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path: str | Path) -> None:
     """Write `model` to `path` as one graph, in float32, from a copy on the CPU; `model` stays as it is.
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from quant.functional import FINE, code_range, fake_quantize, quantize
 
-# Fractions of the min-max range that the searches for an initial step size try: weights are few and get more.
-WEIGHT_FRACTIONS = torch.linspace(0.2, 1.1, 181)
+# Fractions of the min-max range that the searches for an initial step size try, as `torch.linspace` takes them (first,
+# last, count): weights are few and get more. No tensors, which the defaults of the importing process would decide.
+WEIGHT_FRACTIONS = (0.2, 1.1, 181)
 # Codes that are symmetric, ternary and mid-rise, are so few that the best step size may be a twentieth of the range.
-SYMMETRIC_FRACTIONS = torch.linspace(0.02, 1.1, 217)
-RANGE_FRACTIONS = torch.linspace(0.2, 1.1, 37)
+SYMMETRIC_FRACTIONS = (0.02, 1.1, 217)
+RANGE_FRACTIONS = (0.2, 1.1, 37)
 # Fractions of the negative part of a range that it keeps: SiLU's shallow tail is often better given up.
-TAIL_FRACTIONS = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+TAIL_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 # Codes of 16 bits begin with twice the range that was seen: it costs them one bit, and what lies outside is far worse.
 FINE_MARGIN = 2
@@ -125,7 +126,7 @@ class WeightQuantizer(nn.Module):
             self.scale.copy_(rows.abs().amax(1).clamp(min=SMALLEST) / self.qmax)
             return
         fractions = SYMMETRIC_FRACTIONS if self.qmax == -self.qmin else WEIGHT_FRACTIONS
-        self.scale.copy_(_least_error(rows, fractions.to(rows)[:, None] * widest, self.codes))
+        self.scale.copy_(_least_error(rows, _spaced(fractions, rows)[:, None] * widest, self.codes))
 
     def forward(self, weight: Tensor) -> Tensor:
         return fake_quantize(weight, self.scale, self.zero_point, self.codes)
@@ -174,9 +175,9 @@ class ActivationQuantizer(nn.Module):
         if search == "min-max":
             self.scale[row], self.zero_point[row] = widest, (-low / widest).round()
             return
-        scales = RANGE_FRACTIONS.to(values) * widest
+        scales = _spaced(RANGE_FRACTIONS, values) * widest
         best = values.new_tensor(math.inf)
-        for tail in TAIL_FRACTIONS.to(values):
+        for tail in TAIL_FRACTIONS:
             zeros = (-low * tail / scales).round().clamp(self.qmin, self.qmax)
             rounded = fake_quantize(values.expand(len(scales), -1), scales, zeros, self.codes)
             error, at = (rounded - values).square().sum(1).min(0)
@@ -189,6 +190,11 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, *self.read(), self.codes)
+
+
+def _spaced(fractions: tuple[float, float, int], like: Tensor) -> Tensor:
+    """The fractions, float32, on the device of `like`; worked out on the CPU, so that they are the same on all."""
+    return torch.linspace(*fractions, dtype=torch.float32, device="cpu").to(like)
 
 
 def _least_error(rows: Tensor, scales: Tensor, codes: range) -> Tensor:

@@ -42,15 +42,31 @@ FIELDS = {
 MOST, MOST_ENTRIES = 1 << 20, 32
 MOST_OF = {"layers_per_block": 32, "transformer_layers_per_block": 32, "sample_size": 4096, "downsample_padding": 2}
 
+# What diffusers' `EMAModel.save_pretrained` writes into the config beside the network's own fields.
+EMA_FIELDS = {
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+}  # fmt: skip
+
 # Processors of diffusers that compute the same attention in another way.
 SAME_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
 # What may differ from a new network without a change in what it computes.
-_FREE = {"training", "gradient_checkpointing", "processor"}
+_FREE = {"training", "gradient_checkpointing", "processor", "forward"}
 
 
 # Functions that libraries put beside a network without a change in what it computes.
-_CALLABLES = {"_compiled_call_impl", "_gradient_checkpointing_func"}
+_CALLABLES = {"_compiled_call_impl", "_gradient_checkpointing_func", "forward"}  # a forward is checked by itself
+
+
+def is_of_ema(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers' `EMAModel` wrote this config."""
+    return config.keys() >= EMA_FIELDS
+
+
+def own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a network's `config` without those of diffusers and of its `EMAModel`."""
+    others = EMA_FIELDS if is_of_ema(config) else ()
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in others}
 
 
 def check_config(name: Any, config: Mapping[str, Any]) -> None:
@@ -58,8 +74,8 @@ def check_config(name: Any, config: Mapping[str, Any]) -> None:
     if name not in CLASSES:
         raise ValueError(f"a {name} is not supported, only {' and '.join(CLASSES)}")
     defaults = {key: p.default for key, p in inspect.signature(CLASSES[name].__init__).parameters.items()}
-    for key, value in config.items():
-        if not key.startswith("_") and key not in FIELDS[name] and not (key in defaults and value == defaults[key]):
+    for key, value in own_fields(config).items():
+        if key not in FIELDS[name] and not (key in defaults and value == defaults[key]):
             raise ValueError(f"{name} has {key} = {value}, which is not known here")
         _check_size(key, value)
 
@@ -78,7 +94,7 @@ def _check_size(key: str, value: Any) -> None:
 def make(name: str, config: Mapping[str, Any]) -> Any:
     """A new network of that class; ValueError where its config is not understood."""
     check_config(name, config)
-    return CLASSES[name].from_config(dict(config))
+    return CLASSES[name].from_config(own_fields(config))
 
 
 @torch.no_grad()
@@ -107,7 +123,7 @@ def check_structure(unet: nn.Module) -> None:
         raise ValueError(f"a {kind.__name__} is not supported, only {' and '.join(CLASSES)} themselves")
     config: Any = unet.config
     with torch.device("meta"):
-        twin = make(kind.__name__, {key: value for key, value in config.items() if not key.startswith("_")})
+        twin = make(kind.__name__, config)
     for name, parameter in unet.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"{name}: it holds what is no finite number")
@@ -130,6 +146,7 @@ def _kind(module: nn.Module) -> str:
 def _compare(place: str, ours: nn.Module, theirs: nn.Module) -> None:
     if type(ours) is not type(theirs):
         raise ValueError(f"{place}: {_kind(ours)} is there, its class makes {_kind(theirs)} from its config")
+    _check_forward(place, ours)
     for name, value in vars(ours).items():
         if callable(value) and name not in vars(theirs) and name not in _CALLABLES:
             raise ValueError(f"{place}: its {name} was replaced")
@@ -152,6 +169,28 @@ def _compare(place: str, ours: nn.Module, theirs: nn.Module) -> None:
         then, now = (values.get(key) for values in options)
         if then != now:
             raise ValueError(f"{place}: {key} is {then}, its config asks for {now}")
+
+
+def _check_forward(place: str, module: nn.Module) -> None:
+    """ValueError where `module` has another forward than its class's own."""
+    own: Any = type(module).forward
+    forward = vars(module).get("forward")
+    if forward is None or (getattr(forward, "__self__", None) is module and forward.__func__ in _unwrapped(own)):
+        return
+    wrapped_by = ""
+    if "_original_forward" in vars(module):
+        wrapped_by = " by accelerate: take accelerator.unwrap_model(unet, keep_fp32_wrapper=False)"
+    elif "_hf_hook" in vars(module):
+        wrapped_by = " by a hook of accelerate: accelerate.hooks.remove_hook_from_submodules(unet) takes it off"
+    raise ValueError(f"{place}: its forward was replaced{wrapped_by}")
+
+
+def _unwrapped(function: Any) -> list[Any]:
+    """The function, and those that its decorators wrap."""
+    functions = [function]
+    while (function := getattr(function, "__wrapped__", None)) is not None:
+        functions.append(function)
+    return functions
 
 
 def _same_attention(processor: Any, theirs: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from quant.context import plain_torch
 from quant.convert import QuantizedUNet
 from quant.layers import QuantLayer
 
@@ -31,6 +32,7 @@ class LayerSummary:
 
 
 @torch.no_grad()
+@plain_torch()
 def summarise(model: QuantizedUNet, shape: tuple[int, int, int], **conditions: Tensor) -> list[LayerSummary]:
     """Every layer that multiplies, in the order of execution, from a forward pass of an image of `shape` (C, H, W).
 

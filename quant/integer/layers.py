@@ -1,4 +1,8 @@
-"""The layers and normalisations of a frozen student as the core reads them."""
+"""The layers and normalisations of a frozen student as the core reads them.
+
+The core gets addresses. Memory of a tensor may move while the tensor stays (`share_memory_()`, which every tensor that
+goes to another process undergoes, or `.data = …`), so each address is that of a NumPy array which owns its memory.
+"""
 
 import copy
 import math
@@ -20,6 +24,13 @@ LARGEST_DIGIT = 255  # the core multiplies 8 bits at a time
 
 # What becomes a `core.Norm`.
 NORMS = (nn.GroupNorm, AdaGroupNorm)
+
+
+def owned(x: Tensor) -> np.ndarray:
+    """A copy of the numbers of x in memory of its own, read-only: nothing else can move, free or change it."""
+    array = np.array(x.detach().cpu().numpy(), order="C")
+    array.flags.writeable = False
+    return array
 
 
 def filled(channels: int) -> int:
@@ -53,7 +64,7 @@ class IntegerLayer:
         self.high: IntegerLayer | None = None
         self.stride, self.dilation, (y, x) = (_pair(value) for value in (stride, dilation, padding))
         self.padding = [y, x, y + pad_end, x + pad_end]
-        self.weight_sum = codes.flatten(1).sum(1, dtype=torch.int32).numpy()
+        self.weight_sum = owned(codes.flatten(1).sum(1, dtype=torch.int32))
         codes = dense(codes, groups)
         self.out_channels, self.in_channels, *self.kernel = codes.shape
         largest_digit = min(layer.act_quantizer.qmax, LARGEST_DIGIT)
@@ -64,8 +75,8 @@ class IntegerLayer:
             raise ValueError(f"{name}: sums of {codes[0].numel():,} products are too large for integers of 32 bits")
         full = F.pad(codes, (0, 0, 0, 0, 0, -self.in_channels % 4, 0, -self.out_channels % LANES))
         pattern = "(o sixteen) (c four) h w -> o h w c sixteen four"
-        self.weight = rearrange(full, pattern, sixteen=LANES, four=4).contiguous().numpy()
-        self.scales, self.bias = (x.detach().numpy() for x in (layer.weight_quantizer.scale, layer.bias))
+        self.weight = owned(rearrange(full, pattern, sixteen=LANES, four=4))
+        self.scales, self.bias = owned(layer.weight_quantizer.scale), owned(layer.bias)
 
     def of_high_digits(self, number: int, first_channel: int) -> "IntegerLayer":
         """Make `high`. With q = 256 · high + low and a zero point z of such digits
@@ -155,4 +166,4 @@ def _weight_and_bias(norm: Any) -> list[np.ndarray]:
     if isinstance(norm, AdaGroupNorm):  # all of it comes from the time embedding
         channels = norm.linear.bias.numel() // 2
         return [np.ones(channels, np.float32), np.zeros(channels, np.float32)]
-    return [parameter.detach().numpy() for parameter in (norm.weight, norm.bias)]
+    return [owned(norm.weight), owned(norm.bias)]

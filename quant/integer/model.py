@@ -13,8 +13,9 @@ from diffusers.models.embeddings import GaussianFourierProjection, Timesteps
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from quant.context import plain_torch
 from quant.integer import core
-from quant.integer.layers import LARGEST_DIGIT, Layers
+from quant.integer.layers import LARGEST_DIGIT, Layers, owned
 from quant.integer.lines import Program
 from quant.integer.program import follow_time_embedding, follow_unet, refuse_unsupported
 
@@ -108,14 +109,49 @@ class _Numbers:
         return numbers
 
 
+class _Projection:
+    """What `time_proj` makes of a timestep or of a class, or the row of an embedding.
+
+    Attributes:
+        width: how many numbers that is.
+    """
+
+    def __init__(self, module: nn.Module, integer_core: core.Core):
+        self._core, self._module = integer_core, module
+        self.width: int
+        if isinstance(module, nn.Embedding):
+            self._rows, self.width = owned(module.weight), module.embedding_dim
+        elif isinstance(module, Timesteps):
+            self.width = module.num_channels
+        else:
+            self._frequencies = owned(module.weight)  # type: ignore[arg-type]
+            self.width = 2 * len(self._frequencies)
+
+    def write(self, number: float, to: np.ndarray) -> None:
+        """Write what it makes of `number` into `to`, float32 (width, …)."""
+        module: Any = self._module
+        if isinstance(module, nn.Embedding):
+            to[: self.width] = self._rows[int(number)]
+        elif isinstance(module, Timesteps):
+            half, shift = self.width // 2, module.downscale_freq_shift
+            self._core.sinusoids(number, half, shift, module.flip_sin_to_cos, to.ctypes.data)
+        else:
+            start = self._frequencies.ctypes.data
+            self._core.fourier(number, len(self._frequencies), start, module.flip_sin_to_cos, to.ctypes.data)
+
+
 class IntegerUNet(nn.Module):
     """A denoiser on integers: `eps = model(x_t, t).sample`, float32 out, on the CPU.
+
+    It computes with copies of the student's numbers, in memory of its own: moving or changing the student's tensors
+    later, those of `student` included, changes nothing here. Copies and pickles are made anew from `student`.
 
     The bytes of ε depend on the student, on x_t, t and the class alone: not on the batch, the threads, the instruction
     set or the operating system. Where x_t holds something that is not a finite number, ε is none at all. Threads may
     share a model.
 
     Attributes:
+        student: the frozen student that it was made from.
         core: the instruction set that runs it, with its functions.
         time: from a timestep and a class to what they add to each block.
         programs: from x_t to ε, for each height and width that was met.
@@ -123,20 +159,25 @@ class IntegerUNet(nn.Module):
         seconds: None, or float64 (2,): the threads' time for making codes and for their products is added.
     """
 
+    @plain_torch()
     def __init__(self, student: "QuantizedUNet", isa: str | None = None):
         super().__init__()
         if student.dtype != torch.float32:
             raise ValueError(f"a student goes to integers from float32, not from {student.dtype}: call .float() on it")
         refuse_unsupported(student.unet)
         self.core = core.choose(isa)
-        self.student, self.clock = student, student.clock
+        self.student, self.clock = student, copy.deepcopy(student.clock)
         self.layers = Layers(list(student.layers()), list(student.unet.modules()))
         self.time = follow_time_embedding(student.unet, self.layers)
-        self._largest = torch.tensor([layer.act_quantizer.qmax for layer in self.layers], dtype=torch.int32)
+        quantizers = [layer.act_quantizer for layer in self.layers]
+        self._largest = torch.tensor([quantizer.qmax for quantizer in quantizers], dtype=torch.int32)
+        self._tables = [(q.scale.detach().clone(), q.zero_point.detach().clone()) for q in quantizers]
         config, proj, classes = student.config, student.unet.time_proj, student.unet.class_embedding
         self._in_channels, self._divided = config.in_channels, config.time_embedding_type == "fourier"
         self._timestep = _Numbers.of("timestep", proj)
         self._label = None if classes is None else _Numbers.of("class label", classes, proj)
+        self._projection = _Projection(proj, self.core)
+        self._class_projection = _Projection(classes if isinstance(classes, nn.Embedding) else proj, self.core)
         self.seconds: np.ndarray | None = None
         self.programs: dict[tuple[int, int], Program] = {}
         self.moments: dict[tuple[float, float | None], Moment] = {}
@@ -154,7 +195,9 @@ class IntegerUNet(nn.Module):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @torch.compiler.disable
     @torch.no_grad()
+    @plain_torch(inference=True)
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Any:
@@ -210,20 +253,17 @@ class IntegerUNet(nn.Module):
     def _new_moment(self, t: float, label: float | None) -> Moment:
         self.clock.set(torch.tensor([t], dtype=torch.float32))
         try:
-            scales, zero_points = zip(*(layer.act_quantizer.read() for layer in self.layers), strict=True)
+            read = ([self.clock.read(table) for table in tables] for tables in self._tables)
+            scales, zero_points = zip(*read, strict=True)
         finally:
             self.clock.unset()
         integers = torch.cat(zero_points).round().int().clamp(torch.zeros_like(self._largest), self._largest)
         moment = Moment(torch.cat(scales), integers, self._largest, self.layers, self.core.code_offset)
         program = self.time.program
         memory = np.zeros(program.memory, np.float32)
-        self._project(t, memory[program.offsets[0] :])
+        self._projection.write(t, memory[program.offsets[0] :])
         if label is not None:
-            of_class, classes = memory[program.offsets[1] :], self.student.unet.class_embedding
-            if isinstance(classes, nn.Embedding):
-                of_class[: classes.embedding_dim] = classes.weight[int(label)].numpy()
-            else:
-                self._project(label, of_class)
+            self._class_projection.write(label, memory[program.offsets[1] :])
         self.core.execute(program.structure, moment.structure, memory.ctypes.data)
         # The time embedding becomes a part of the offset of each block's first convolution, or of a normalisation.
         for conv, state in self.time.added.items():
@@ -236,19 +276,6 @@ class IntegerUNet(nn.Module):
             moment.modulate(number, weight, bias, scale, shift)
         return moment
 
-    def _project(self, number: float, to: np.ndarray) -> None:
-        """Write what `time_proj` makes of a timestep, or of a class, into `to`."""
-        proj: Any = self.student.unet.time_proj
-        if isinstance(proj, nn.Embedding):
-            to[: proj.embedding_dim] = proj.weight[int(number)].numpy()
-        elif isinstance(proj, Timesteps):
-            half, shift = proj.num_channels // 2, proj.downscale_freq_shift
-            self.core.sinusoids(number, half, shift, proj.flip_sin_to_cos, to.ctypes.data)
-        else:
-            frequencies = proj.weight.numpy()
-            start = frequencies.ctypes.data
-            self.core.fourier(number, len(frequencies), start, proj.flip_sin_to_cos, to.ctypes.data)
-
     # What the core reads is made once: a module's own ways to change its numbers would miss that.
     def _apply(self, fn: Any, recurse: bool = True) -> "IntegerUNet":
         return self  # .to(device or dtype) asks for nothing that it could do: it is on the CPU, in integers
@@ -258,9 +285,10 @@ class IntegerUNet(nn.Module):
         raise ValueError("an integer model keeps its numbers: call to_integer on the other student")
 
     def __reduce__(self) -> tuple:
-        return IntegerUNet, (self.student, self.core.isa)  # copies and pickles are made anew from the student
+        return IntegerUNet, (self.student, self.core.isa)
 
 
+@plain_torch()
 def to_integer(student: "QuantizedUNet", isa: str | None = None) -> IntegerUNet:
     """The frozen `student` on integers, on the CPU: the same denoiser contract, the same codes.
 

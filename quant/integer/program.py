@@ -19,6 +19,7 @@ from diffusers.models.upsampling import FirUpsample2D, KUpsample2D, upsample_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quant.context import plain_torch
 from quant.integer.core import (
     ATTENTION,
     ENLARGE,
@@ -52,13 +53,15 @@ RESIDUAL_BLOCKS = (ResnetBlock2D, ResnetBlockCondNorm2D)
 
 # What each way of resampling computes, of images (1, C, H, W).
 FILTER = (1, 3, 3, 1)
+with plain_torch():  # they hold tensors, which the defaults of the importing process would decide
+    MIRRORS = KDownsample2D(), KUpsample2D()
 RESAMPLINGS: dict[int, Any] = {
     POOL: partial(F.avg_pool2d, kernel_size=2, stride=2),
     ENLARGE: partial(F.interpolate, scale_factor=2.0, mode="nearest"),
     FILTER_DOWN: partial(downsample_2d, kernel=FILTER),
     FILTER_UP: partial(upsample_2d, kernel=FILTER),
-    MIRROR_DOWN: KDownsample2D(),
-    MIRROR_UP: KUpsample2D(),
+    MIRROR_DOWN: MIRRORS[0],
+    MIRROR_UP: MIRRORS[1],
 }
 
 

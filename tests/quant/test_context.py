@@ -1,0 +1,111 @@
+"""What a process sets for torch has no influence: every verb gives the same bytes in every context."""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+import quant
+from quant.context import plain_torch
+from quant.summary import summarise
+
+TIMESTEPS = [900, 400.5, 20]
+FOURIER = {"time_embedding_type": "fourier", "sample_size": 8, "in_channels": 1, "out_channels": 1}
+SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
+BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(f"{x.dtype}".encode() + x.numpy().tobytes() for x in tensors)).hexdigest()
+
+
+def every_verb(folder, context):
+    """What each verb makes of the same network and the same states, as digests."""
+    with plain_torch():
+        torch.manual_seed(1)
+        unet = UNet2DModel(**FOURIER, **SMALL, **BLOCKS).eval()
+        states = {t: torch.randn(4, 1, 8, 8) for t in TIMESTEPS}
+        times = (20, 333.3, [0.7, 20.5, 700.0, 900.0], torch.tensor([20, 400, 400, 900]))
+    x, given = states[20], {name: value.clone() for name, value in unet.state_dict().items()}
+    made = {}
+    with context():
+        for name, options in (("plain", {}), ("reconstructed", {"reconstruction": True, "per_step": False})):
+            torch.manual_seed(2)
+            student = quant.quantize(unet, quant.QuantConfig(rank=2, **options), TIMESTEPS)
+            made[f"quantize {name}"] = student.state_dict().values()
+            quant.calibrate(student, states)
+            made[f"calibrate {name}"] = student.state_dict().values()
+        frozen = quant.freeze(student)
+        frozen.save_pretrained(folder)
+        loaded = quant.QuantizedUNet.from_pretrained(folder)
+        integer = quant.to_integer(loaded)
+        summarise(frozen, (1, 8, 8))
+        made["freeze"] = frozen.state_dict().values()
+        made["from_pretrained"] = loaded.state_dict().values()
+        for number, t in enumerate(times):
+            made[f"frozen {number}"] = [frozen(x, t).sample.detach()]
+            made[f"integer {number}"] = [integer(x, t).sample]
+    assert all(torch.equal(value, given[name]) for name, value in unet.state_dict().items())
+    learned = student(x, 20).sample.square().mean()
+    learned.backward()  # what is made in inference mode could not be trained
+    return {name: digest(tensors) for name, tensors in made.items()}
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    return every_verb(tmp_path_factory.mktemp("usual"), contextlib.nullcontext)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: default_dtype(torch.float64),
+        lambda: default_dtype(torch.bfloat16),
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode,
+        torch.no_grad,
+    ],
+    ids=["float64", "bfloat16", "meta", "autocast", "inference_mode", "no_grad"],
+)
+def test_every_verb_gives_the_same_bytes(context, usual, tmp_path):
+    assert every_verb(tmp_path, context) == usual
+
+
+def test_the_defaults_of_the_importing_process_have_no_influence(usual, tmp_path):
+    program = (
+        "import contextlib, json, sys, torch\n"
+        "torch.set_default_dtype(torch.bfloat16)\n"
+        "torch.set_default_device('meta')\n"
+        f"sys.path.insert(0, {str(__file__).rpartition('/')[0]!r})\n"
+        "import test_context\n"
+        f"print(json.dumps(test_context.every_verb({str(tmp_path)!r}, contextlib.nullcontext)))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout) == usual
+
+
+def test_the_default_dtype_comes_back_when_the_last_thread_is_out():
+    with default_dtype(torch.float64):
+        first, second = plain_torch(), plain_torch()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float32, "one is still inside"
+        second.__exit__(None, None, None)
