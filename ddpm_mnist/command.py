@@ -72,21 +72,21 @@ def run_command(
     words = [_underscored(word) for word in arguments]
     if default and not any(word.partition("=")[0] == "--config" for word in words):
         words = ["--config", default, *words]
-        parser.set_defaults(flat(read_yaml(CONFIGS / f"{default}.yaml")))  # for the help to tell
+        path = CONFIGS / f"{default}.yaml"
+        parser.set_defaults(flat(parse_yaml(read_limited(path), path)))  # for the help to tell
     try:
+        os.getcwd()  # it may have been taken away
         for word in words:
-            _check_encoding("the command line", word)
+            _check_text("the command line", word)
             option, _, _ = word.partition("=")
             if option.startswith("--") and option[2:] not in options:
                 raise ValueError(_no_option(option[2:], options))
-        parsed = parser.instantiate(parser.parse_args(_with_config_files(words, config_class, options)))
+        parsed = parser.parse_args(_with_config_files(words, config_class, options))
         del parsed["config"]
-        config = config_class(**vars(parsed))
-        values = flat(dataclasses.asdict(config))
-        _check_numbers(values)
-        for name, value in values.items():
-            if isinstance(value, str | Path):
-                _check_encoding(f"--{name}", str(value))
+        for name, value in parsed.items():
+            parsed[name] = _checked(f"--{name}", value)
+        config = config_class(**vars(parser.instantiate(parsed)))
+        _check_numbers(dataclasses.asdict(config))
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, OverflowError) as error:
         _fail(prog, _in_our_words(str(error), parser), 2)
     with one_line_errors(prog, str(getattr(config, "output", ""))):
@@ -109,7 +109,10 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
     except BrokenPipeError:
         _fail(prog, "whoever was reading the output has gone", 2)
     except OSError as error:
-        _fail(prog, str(error) if error.filename or not output else f"{output}: {error}", 2)
+        if not error.filename and output:
+            output = "standard output" if _stdout_is_full() else output
+            _fail(prog, f"{output}: {error}", 2)
+        _fail(prog, str(error), 2)
     except MemoryError as error:
         _fail(prog, f"there is not enough memory ({str(error) or 'MemoryError'})", 2)
     except RuntimeError as error:
@@ -129,9 +132,17 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
         _fail(prog, "interrupted", 130)
 
 
+def _stdout_is_full() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
 def _check_numbers(values: dict[str, Any]) -> None:
     """ValueError where a number is NaN or infinite, or an integer of more than 64 bits: no option has a use for one."""
-    for name, value in values.items():
+    for name, value in flat(values).items():
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{name} must be a number, not {number}")
@@ -139,8 +150,21 @@ def _check_numbers(values: dict[str, Any]) -> None:
                 raise ValueError(f"{name} must lie within ±2^63, not {number}")
 
 
-def _check_encoding(place: str, text: str) -> None:
-    """ValueError for letters that the locale's encoding lacks, in which the system's names of files are written."""
+def _checked(name: str, value: Any) -> Any:
+    """The option's value, with the home folder in the place of `~`; ValueError for a text of no use."""
+    if isinstance(value, list):
+        return [_checked(name, part) for part in value]
+    if isinstance(value, str | Path):
+        _check_text(name, str(value))
+        return type(value)(os.path.expanduser(value))
+    return value
+
+
+def _check_text(place: str, text: str) -> None:
+    """ValueError for a text that is empty, or has letters that the locale's encoding lacks, which names of files have
+    on disk."""
+    if not text or text.endswith("="):
+        raise ValueError(f"{place}: a value is missing, where {text!r} stands")
     try:
         os.fsencode(text)
         text.encode()  # bytes of the command line that are none of that encoding stand as halves of a letter
@@ -263,26 +287,28 @@ def _with_config_files(words: list[str], config_class: type, options: Collection
         option, equals, value = word.partition("=")
         if option == "--config" and (equals or at + 1 < len(words)):
             value = value if equals else words[at + 1]
-            path = next((path for path in (Path(value), CONFIGS / f"{value}.yaml") if path.is_file()), None)
+            places = Path(value), CONFIGS / f"{value}.yaml"
+            path = next((path for path in places if path.exists() and not path.is_dir()), None)  # a pipe, too
             if path is None:
                 raise ValueError(f'no configuration "{value}": neither a file nor one of {_config_names()}')
-            content = read_yaml(path)
+            source = read_limited(path, MAX_CONFIG_BYTES)
+            content = parse_yaml(source, path)
             _check_content(path, config_class, content, options)
             # Its text in ASCII: the parser would read the file in the locale's encoding. It wants at least an option.
-            events = yaml.parse(read_limited(path, MAX_CONFIG_BYTES), yaml.SafeLoader)
-            text = [f"--config={yaml.emit(events)}"] if content else []
+            text = [f"--config={yaml.emit(yaml.parse(source, yaml.SafeLoader))}"] if content else []
             rest = _with_config_files(words[at + (1 if equals else 2) :], config_class, options)
             return [*words[:at], *text, *rest]
     return words
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in `path`: sections and plain values, each once; nothing in it names an object of Python.
+def parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    """The options in `text`, read from `path`: sections and plain values, each once; nothing in it names an object of
+    Python.
 
     Raises:
         ValueError: it is something else.
     """
-    text, depth = read_limited(path, MAX_CONFIG_BYTES), 0
+    depth = 0
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if getattr(event, "anchor", None) is not None:

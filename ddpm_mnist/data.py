@@ -38,6 +38,9 @@ MAX_PIXELS = 1 << 24
 # How many channels images have: grey or colour, without and with transparency.
 CHANNELS = (1, 2, 3, 4)
 
+# Formats that Pillow knows by their suffix, and reads no image of.
+ONLY_NAMED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
 # MD5 of MNIST's uncompressed files as published at yann.lecun.com/exdb/mnist.
 MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -49,8 +52,12 @@ MD5 = {
 
 def default_root() -> Path:
     """The cache folder: `$EFFICIENTDM_DATA`, or `efficientdm` in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EFFICIENTDM_DATA") or Path(cache) / "efficientdm")
+    if folder := os.environ.get("EFFICIENTDM_DATA"):
+        return Path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efficientdm"
+    except RuntimeError as error:
+        raise InputError("there is no home folder for the data: set EFFICIENTDM_DATA to another") from error
 
 
 def load_images(
@@ -78,8 +85,11 @@ def load_images(
     if data in LABELLED:
         images = load_labelled(data, split, root)[0].numpy()
     elif path.is_dir():
-        return torch.from_numpy(_read_folder(path, size))
-    elif path.suffix == ".npy" and path.is_file():
+        try:
+            return torch.from_numpy(_read_folder(path, size))
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+    elif path.suffix.lower() == ".npy" and path.is_file():
         images = _read_array(path)
     else:
         wrong = "is no .npy file" if path.exists() else "does not exist"
@@ -152,10 +162,11 @@ def read_idx(data: bytes) -> Tensor:
 def _read_folder(folder: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     """The images in and below `folder`, all of one shape."""
     Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths, others = [], []
-    for path in sorted(_files(folder)):
-        (paths if path.suffix.lower() in suffixes else others).append(path)
+    kinds = Image.OPEN.keys() - ONLY_NAMED
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds}
+    files = sorted(_files(folder))
+    paths = [path for path in files if path.suffix.lower() in suffixes]
+    others = [path for path in files if path.suffix.lower() not in suffixes]
     if not paths:
         raise InputError(f"{folder} holds no images: give a folder of files like .png or .jpg")
     if others:
@@ -175,7 +186,7 @@ def _files(folder: Path) -> Iterator[Path]:
     """Every file in and below `folder` that is not hidden, behind links too; InputError for what cannot be read."""
 
     def fail(error: OSError) -> None:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise error
 
     for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         # What is hidden is no data: .ipynb_checkpoints holds copies, macOS lays a ._name beside each file.
@@ -204,11 +215,11 @@ def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"has {file.width}×{file.height} pixels, more than {MAX_PIXELS:,}")
             # An .mpo is a camera's .jpg: the photo comes first, and smaller ones of it follow.
-            if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
-                raise ValueError(f"holds {file.n_frames} images: save each as a file of its own")
+            if (count := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":
+                raise ValueError(f"holds {count} images: save each as a file of its own")
+            if file.mode in ("I", "F") or any(map(_is_of_16_bits, file.tile)):
+                raise ValueError(f"has more than 8 bits a pixel (mode {file.mode})")
             image = ImageOps.exif_transpose(file)
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise ValueError(f"has more than 8 bits a pixel (mode {image.mode})")
             if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise ValueError("is transparent in places: lay it on a background first")
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
@@ -216,6 +227,12 @@ def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
         reason = str(error) or type(error).__name__
         raise InputError(f"{path} cannot be read as an image of 8 bits: {reason}") from error
     return np.asarray(image) if size in (None, (image.height, image.width)) else _fit(image, size)
+
+
+def _is_of_16_bits(tile: Any) -> bool:
+    """Whether Pillow reads a part of a file from more than 8 bits a channel: it cuts colours down to 8 itself."""
+    codec, _, _, options = tile
+    return codec == "SGI16" or ";16" in str(options) or (codec.startswith("ppm") and options[1] > 255)
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -228,7 +245,10 @@ def _read_array(path: Path) -> NDArray[np.uint8]:
     right = "an array of images is uint8, of shape (N, H, W) or (N, H, W, 1) in grey, (N, H, W, 3) in colour"
     try:
         # Mapped first: the size that the head claims is then held against the file's own.
-        images = np.array(np.lib.format.open_memmap(path, mode="r"))
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        if (rest := path.stat().st_size - mapped.offset - mapped.nbytes) > 0:
+            raise ValueError(f"{rest:,} bytes follow the array")
+        images = np.array(mapped)
     except Exception as error:  # of the head, which is a literal of Python, or of the system
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read: {reason}; {right}") from error

@@ -70,6 +70,7 @@ def read_state(path: Path) -> Any:
 
     Raises:
         ValueError: it is something else, damaged, or takes more memory than its own size; in one line.
+        PermissionError: it may not be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -80,6 +81,8 @@ def read_state(path: Path) -> Any:
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(content)
         return content
+    except PermissionError:
+        raise
     except Exception as error:  # each way to be broken has an error of its own
         raise ValueError(one_line(f"{path} cannot be read: {error or type(error).__name__}")) from error
 

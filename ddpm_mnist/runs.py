@@ -39,6 +39,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content)
+        keep_mode(path, beside)
         beside.replace(path)
     except BaseException as error:
         with suppress(OSError):
@@ -46,6 +47,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
+
+
+def keep_mode(path: Path, beside: Path) -> None:
+    """Give the file `beside`, which will take the place of `path`, the permissions of what is there."""
+    if path.exists():
+        beside.chmod(path.stat().st_mode & 0o777)
 
 
 def _beside(path: Path) -> Path:
@@ -74,21 +81,24 @@ def prepare_output(path: Path) -> None:
 def _prepare_output(path: Path) -> None:
     try:
         lock = path.parent.resolve() / ".lock"
-        if lock in _locks and not _is_there(lock):  # of an earlier job in this process, which is over
+        if lock in _locks and not is_still_there(_locks[lock], lock):  # of an earlier job in this process
             _locks.pop(lock).close()
         require_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise InputError(f"cannot write {path}: it is a folder")
         if path.exists() and not path.is_file():
-            raise InputError(f"cannot write {path}: it is a device, and no file")
+            raise InputError(f"cannot write {path}: it is no regular file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"cannot write {path}: it is read-only")
         beside = _beside(path.resolve())
         beside.touch()  # is it allowed, and is the name not too long?
         beside.unlink(missing_ok=True)
     except InputError:
         raise
     except FileExistsError as error:
-        raise InputError(f"cannot write {path}: {error.filename} is a file, and no folder") from error
+        what = "a link that leads nowhere" if os.path.islink(error.filename) else "a file, and no folder"
+        raise InputError(f"cannot write {path}: {error.filename} is {what}") from error
     except OSError as error:
         raise _cannot_write(path, error) from error
     except (ValueError, RuntimeError) as error:  # a name with a zero byte; links in a circle
@@ -148,10 +158,10 @@ def lock_file(file: BinaryIO) -> bool:
     return True
 
 
-def _is_there(lock: Path) -> bool:
-    """Whether the file that this process has locked is still what lies there."""
+def is_still_there(file: BinaryIO, path: Path) -> bool:
+    """Whether the open `file` is still what lies at `path`."""
     try:
-        return os.path.samestat(os.fstat(_locks[lock].fileno()), lock.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
         return False
 
@@ -171,7 +181,7 @@ def require_folder(path: Path) -> None:
     """InputError if `path` is in a folder that was locked and then taken away: whatever is written would make it anew,
     without the rest."""
     for lock in list(_locks):
-        if path.resolve().is_relative_to(lock.parent) and not _is_there(lock):
+        if path.resolve().is_relative_to(lock.parent) and not is_still_there(_locks[lock], lock):
             _locks.pop(lock).close()  # this job ends here; the next one may make the folder anew
             raise InputError(f"cannot write {path}: {lock.parent} was taken away, or its .lock")
 
@@ -220,6 +230,10 @@ class RunState:
             return self._resume(folder)
         if holds_model(folder):
             raise InputError(f"{folder} holds a model but no state to go on from: choose another output folder")
+        if self.log_path.exists():  # left by a job that ended before its first state, or somebody else's
+            read_log(self.log_path)
+        elif (folder / "config.yaml").exists():
+            raise InputError(f"{folder} holds a config.yaml that no run left there: choose another output folder")
         write_text(self.log_path, "")
         return None
 
@@ -250,6 +264,8 @@ class RunState:
             yield
         except InputError:
             raise
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror}") from error
         except Exception as error:  # whatever is wrong with a state, it is of no use
             reason = str(error) or type(error).__name__
             if str(self.path) not in reason:
@@ -368,9 +384,10 @@ def progress(label: str, total: int, completed: int = 0) -> Iterator[Callable[..
     one at the end with the time that it took.
     """
     if Console().is_terminal:
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+        name, status = (TextColumn(f"{{task.{part}}}", markup=False) for part in ("description", "fields[status]"))
+        columns = (name, BarColumn(), MofNCompleteColumn(), status)
         with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True)) as bar:
-            task = bar.add_task("", total=total, completed=completed, status="")
+            task = bar.add_task(label, total=total, completed=completed, status="")
             yield lambda completed, status="": bar.update(task, completed=completed, status=status)
         return
     show = print if completed < total else lambda *_, **__: None

@@ -30,6 +30,14 @@ OF_OTHER_SOLVERS = {
     "lambda_min_clipped", "skip_prk_steps", "predict_x0", "disable_corrector", "interpolation_type", "flow_shift",
     "time_shift_type", "tensor_format",
 }  # fmt: skip
+BOOLEANS = {
+    "rescale_betas_zero_snr",
+    "clip_sample",
+    "thresholding",
+    "set_alpha_to_one",
+    "lower_order_final",
+    "euler_at_final",
+}
 # Fields that are numbers, with the least that they may be.
 NUMBERS = {"beta_start": 0, "beta_end": 0, "steps_offset": 0, "clip_sample_range": 1e-6, "eps_scale": 1e-6}
 # Fields that change the process itself, with the values that are supported.
@@ -116,6 +124,11 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
             if key == "clip_sample_range" and not fields.get("clip_sample", True):
                 continue
             raise InputError(f"its scheduler has {key} = {value!r}, which is no number of at least {least:g}")
+    if int(offset := fields.get("steps_offset", 0)) != offset:
+        raise InputError(f"its scheduler has steps_offset = {offset!r}, which is no whole number")
+    for key in BOOLEANS & fields.keys():
+        if not isinstance(fields[key], bool):
+            raise InputError(f"its scheduler has {key} = {fields[key]!r}, which must be true or false")
     for key, value in fields.items():
         if key in SUPPORTED and value not in SUPPORTED[key]:
             values = ", ".join(map(str, SUPPORTED[key]))
@@ -149,7 +162,7 @@ def house_schedule() -> Schedule:
 def _alphas_cumprod(fields: Mapping[str, Any]) -> Array:
     count, kind = fields.get("num_train_timesteps", 1000), fields.get("beta_schedule", "linear")
     start, end = fields.get("beta_start", 1e-4), fields.get("beta_end", 0.02)
-    if not isinstance(count, int) or not 1 <= count <= 100_000:
+    if type(count) is not int or not 1 <= count <= 100_000:
         raise ValueError(f"num_train_timesteps must be a number from 1 to 100,000, not {count}")
     fraction = np.arange(count) / max(count - 1, 1)
     if fields.get("trained_betas") is not None:

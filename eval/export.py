@@ -8,8 +8,8 @@ from pathlib import Path
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
 from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import holds_model, prepare_output, progress, write_json
-from eval.models import load_model
+from ddpm_mnist.runs import holds_model, lock_folder, prepare_output, progress, unlock_folder, write_json
+from eval.models import Model, load_model
 from quant import QuantizedUNet
 from quant.export import export_onnx
 
@@ -40,25 +40,34 @@ def export(config: ExportConfig) -> Path:
     if packed and not isinstance(model.denoiser, QuantizedUNet):
         raise InputError(f'"{config.model}" is of full precision: only a student has codes to pack')
     path = config.output / ("model.safetensors" if packed else "model.onnx")
+    prepare_output(path)
+    lock_folder(config.output)
+    try:
+        _export(model, config, path)
+    finally:
+        unlock_folder(config.output)
+    print(f"{config.model}, {model.bits}, in {path} ({path.stat().st_size:,} bytes)")
+    return path
+
+
+def _export(model: Model, config: ExportConfig, path: Path) -> None:
+    """Write the scheduler and the weights, or neither."""
     if holds_model(config.output):
         raise InputError(f"{config.output} holds a model: choose another output")
-    prepare_output(path)
     schedule = config.output / "scheduler" / "scheduler_config.json"
-    write_json(schedule, dict(model.schedule.config))  # first: without it a model is taken for one of DDPM's schedule
     try:
-        if packed:
+        write_json(schedule, dict(model.schedule.config))  # first: without it a model is taken for one of DDPM's
+        if config.format == "packed":
             model.denoiser.save_pretrained(config.output)
         else:
             with progress("export", 1) as advance:
                 export_onnx(model.denoiser, path)
                 advance(1)
     except BaseException as error:
-        shutil.rmtree(schedule.parent)
+        shutil.rmtree(schedule.parent, ignore_errors=True)
         if isinstance(error, ValueError):
             raise InputError(f'"{config.model}" cannot be exported: {error}') from error
         raise
-    print(f"{config.model}, {model.bits}, in {path} ({path.stat().st_size:,} bytes)")
-    return path
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def print_scores(scores: list[Score], floor: dict[str, Any] | None = None) -> No
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else 110, markup=False).print(table)
 
 
 def print_fid(config: FidConfig) -> Score:

@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 
 from ddpm_mnist import InputError, processes
 from ddpm_mnist.files import read_json
@@ -28,6 +29,8 @@ RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDEN
 RUNTIMES = ("integer", "simulated")
 # A pipeline's or a training's folders of the network, beside which its scheduler lies.
 NETWORKS = ("unet", "unet_ema")
+# Files of LoRA that others lay beside a network.
+ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 # The files of diffusers' weights by their variant: whole, or the index of several.
 WEIGHTS = {
     None: (SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json"),
@@ -161,6 +164,9 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
     except Exception as error:  # whatever diffusers, safetensors or torch have to say of a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
+    adapters = [name for name in ADAPTERS if (place / name).exists() or (folder / name).exists()]
+    if adapters:
+        print(f"{folder} has {adapters[0]} beside the network: it is ignored, diffusers' fuse_lora merges it")
     if is_of_ema(config):
         print(f"{place} is diffusers' EMAModel: its fields {', '.join(sorted(EMA_FIELDS))} are ignored")
     if own_schedule is None:
@@ -199,14 +205,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _refuse_latents(place: Path) -> None:
     """ValueError where a pipeline has more than the network and its scheduler: its network draws something else."""
-    place = place.resolve()
-    for path in (place / "model_index.json", place.parent / "model_index.json"):
-        if path.is_file() and (path.parent == place or place.name in NETWORKS):
+    for path in (folder / "model_index.json" for folder in _beside(place)):
+        if path.is_file():
             parts = {name for name, value in read_config(path).items() if isinstance(value, list) and any(value)}
             if others := sorted(parts - {"unet", "scheduler"}):
                 raise ValueError(
                     f"its pipeline has a {others[0]} beside the network; only networks of pixels are drawn"
                 )
+
+
+def _beside(place: Path) -> list[Path]:
+    """Where a pipeline's other parts lie: in the folder of the network itself, or above it, as it was named and, where
+    that is a link, as it is."""
+    folders: list[Path] = []
+    for path in (place.absolute(), place.resolve()):
+        folders += [path, path.parent] if path.name in NETWORKS else [path]
+    return list(dict.fromkeys(folders))
 
 
 def _load_schedule(place: Path) -> Schedule | None:
@@ -215,23 +229,36 @@ def _load_schedule(place: Path) -> Schedule | None:
     Raises:
         ValueError: its pipeline names one, but it is not there.
     """
-    place = place.resolve()  # the folder of a pipeline's network may be reached by a link, or be the current one
-    folders = [place, place.parent] if place.name in NETWORKS else [place]
-    for folder in folders:
+    for folder in _beside(place):
         for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
             if path.is_file():
                 return read_schedule(read_config(path))
+            if path.is_symlink() or (path.parent != folder and path.parent.exists()):
+                raise ValueError(f"{path} is missing, where its scheduler should be")
         index = folder / "model_index.json"
         if index.is_file() and (named := read_config(index).get("scheduler")) and any(named):
             raise ValueError(f"its pipeline names the scheduler {named[-1]}, but has no scheduler_config.json")
     return None
 
 
+def _refuse_codes(path: Path) -> None:
+    """ValueError where a file of weights holds anything but floats: codes mean nothing without their scales."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            if (dtype := file.get_slice(name).get_dtype()).lstrip("B")[0] != "F":
+                raise ValueError(f"{name} in {path.name} is of {dtype}, not of floats")
+
+
 def _load_unet(place: Path) -> UNet2DModel:
     """A UNet of diffusers; its library logs what it finds wrong and loads it all the same."""
     variants = [variant for variant, files in WEIGHTS.items() if any((place / file).is_file() for file in files)]
     if not variants:
-        raise ValueError(f"it has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats are not read")
+        raise ValueError(
+            f"it has no {SAFETENSORS_WEIGHTS_NAME}; weights in other formats are not read: "
+            "diffusers' save_pretrained writes them as safetensors"
+        )
+    for path in place.glob("diffusion_pytorch_model*.safetensors"):
+        _refuse_codes(path)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

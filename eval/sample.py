@@ -6,11 +6,11 @@ import io
 import json
 import math
 import time
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from einops import rearrange
@@ -20,7 +20,7 @@ from torch import Tensor
 from ddpm_mnist import InputError
 from ddpm_mnist.noise import STREAM
 from ddpm_mnist.processes import count, from_main
-from ddpm_mnist.runs import lock_file, prepare_output, progress, write_bytes
+from ddpm_mnist.runs import is_still_there, keep_mode, lock_file, prepare_output, progress, write_bytes
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, check_runtime, load_model
 from quant import IntegerUNet
@@ -114,64 +114,92 @@ def write_samples(config: SampleConfig) -> Path:
 def write_array(model: Model, config: DrawConfig, path: Path) -> None:
     """Draw the images of `draw` into the .npy file `path`, a batch of each process at a time.
 
-    They go into a file beside it, `.<name>.<digest>.partial`, which takes its name at the end. The digest is of all
-    that decides the images, so that what lies there is gone on with.
+    They go into a file beside it, which takes its name at the end: see `_PartialArray`. Its digest is of all that
+    decides the images, so that what lies there is gone on with.
     """
     _tell_core(model)
     # The size of a batch is in the last bits of floats.
     decides = json.dumps({**origin_of(model, config), "batch_size": config.batch_size}, sort_keys=True)
     digest = hashlib.sha256(decides.encode()).hexdigest()[:12]
-    beside = path.with_name(f".{path.name}.{digest}.partial")
     solver, device = model.solver(config), model.denoiser.device
-    with ExitStack() as lock:
-        from_main(lambda: _lock(beside, lock))
-        done = from_main(lambda: _begin_array(beside, config, stored_shape(model)))
-        advance = lock.enter_context(progress(f"sampling {model.name}", config.num_images, done))
-        while done < config.num_images:
-            some = min(config.batch_size * count(), config.num_images - done)
-            images = sample(model.denoiser, solver, some, config.seed + done, config.batch_size, device)
-            from_main(partial(_append, beside, images.numpy().tobytes()))
-            done += some
-            advance(done)
-    from_main(lambda: _end_array(beside, path))
+    with _PartialArray(path, digest) as array:
+        done = from_main(lambda: array.begin(config, stored_shape(model)))
+        with progress(f"sampling {model.name}", config.num_images, done) as advance:
+            while done < config.num_images:
+                some = min(config.batch_size * count(), config.num_images - done)
+                images = sample(model.denoiser, solver, some, config.seed + done, config.batch_size, device)
+                from_main(partial(array.append, images.numpy().tobytes()))
+                done += some
+                advance(done)
+        from_main(array.end)
 
 
-def _lock(beside: Path, until: ExitStack) -> None:
-    """Lock the file for as long as `until` is open; InputError where another process draws into it."""
-    file = until.enter_context(beside.open("ab"))
-    try:
-        lock_file(file)
-    except BlockingIOError as error:
-        raise InputError(f"another process is drawing these images: {beside} is its file") from error
+class _PartialArray:
+    """A .npy file while it is drawn: a file beside it, `.<name>.<digest>.partial`, locked until the end.
 
+    Of several processes the main one calls its methods, and it alone has the file.
+    """
 
-def _begin_array(beside: Path, config: DrawConfig, one: tuple[int, ...]) -> int:
-    """Cut the file back to whole batches, or begin it; the number of images that it has."""
-    header = io.BytesIO()
-    described = {"descr": "|u1", "fortran_order": False, "shape": (config.num_images, *one)}
-    np.lib.format.write_array_header_1_0(header, described)
-    begin, size = header.getvalue(), math.prod(one)
-    with beside.open("r+b") as file:
-        done = (beside.stat().st_size - len(begin)) // (size * config.batch_size) * config.batch_size
-        if file.read(len(begin)) != begin or done > config.num_images:
-            done = 0
-        file.seek(0)
-        file.write(begin)
-        file.truncate(len(begin) + done * size)
-    if done:
-        print(f"Going on from image {done} of {config.num_images}.")
-    return done
+    def __init__(self, path: Path, digest: str):
+        self.path = path.resolve() if path.is_symlink() else path  # the link stays one
+        self.beside = self.path.with_name(f".{self.path.name}.{digest}.partial")
+        self._file: BinaryIO | None = None
 
+    def __enter__(self) -> "_PartialArray":
+        return self
 
-def _append(beside: Path, content: bytes) -> None:
-    with beside.open("ab") as file:
-        file.write(content)
+    def __exit__(self, *_: Any) -> None:
+        if self._file is not None:
+            self._file.close()
 
+    def begin(self, config: DrawConfig, one: tuple[int, ...]) -> int:
+        """Lock the file, and cut it back to whole batches or begin it; the number of images that it has.
 
-def _end_array(beside: Path, path: Path) -> None:
-    beside.replace(path.resolve() if path.is_symlink() else path)
-    for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # begun with other settings
-        other.unlink(missing_ok=True)
+        Raises:
+            InputError: another process draws into it, or it cannot be written.
+        """
+        try:
+            self._file = self.beside.open("ab")
+            lock_file(self._file)
+        except BlockingIOError as error:
+            raise InputError(f"another process is drawing these images: {self.beside} is its file") from error
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror} ({self.beside.name})") from error
+        header = io.BytesIO()
+        described = {"descr": "|u1", "fortran_order": False, "shape": (config.num_images, *one)}
+        np.lib.format.write_array_header_1_0(header, described)
+        begin, image_bytes = header.getvalue(), math.prod(one)
+        with self.beside.open("rb") as file:
+            done = (self.beside.stat().st_size - len(begin)) // (image_bytes * config.batch_size) * config.batch_size
+            if file.read(len(begin)) != begin or done > config.num_images:
+                done = 0
+        self._file.truncate(len(begin) + done * image_bytes if done else 0)
+        if done:
+            print(f"Going on from image {done} of {config.num_images}.")
+        else:
+            self.append(begin)
+        return done
+
+    def append(self, content: bytes) -> None:
+        assert self._file is not None
+        self._file.write(content)
+        self._file.flush()
+
+    def end(self) -> None:
+        """Give the file its name, and delete those that were begun with other settings and that no process draws into.
+
+        Raises:
+            InputError: it was taken away meanwhile.
+        """
+        assert self._file is not None
+        if not is_still_there(self._file, self.beside):
+            raise InputError(f"cannot write {self.path}: {self.beside} was taken away")
+        keep_mode(self.path, self.beside)
+        self.beside.replace(self.path)
+        for other in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
+            with suppress(OSError), other.open("ab") as file:  # of BlockingIOError, too
+                lock_file(file)
+                other.unlink()
 
 
 def picture(images: Tensor, columns: int) -> bytes:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +23,10 @@ VALUES = 16_384
 
 # States of each denoising step that the correction of the biases looks at.
 STATES_PER_STEP = 16
+
+
+# Students that a thread is calibrating.
+_at_work: set[QuantizedUNet] = set()
 
 
 @torch.no_grad()
@@ -48,9 +53,12 @@ def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: 
     if model.is_calibrated:
         raise ValueError("this student is calibrated already; quantize its teacher anew")
     by_time = _checked(model, states, conditions)
+    if model in _at_work:
+        raise ValueError("another thread is calibrating this student")
     training, before = model.training, copy.deepcopy(model.state_dict())
-    model.eval()
+    _at_work.add(model)
     try:
+        model.eval()
         _set_ranges(model, by_time, conditions)
         if model.quant_config.reconstruction:
             _reconstruct(model, by_time, conditions)
@@ -58,6 +66,7 @@ def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: 
             _correct_biases(model, by_time, conditions)
         model.is_calibrated = True
     finally:
+        _at_work.discard(model)
         model.train(training)
         if not model.is_calibrated:  # all of it or nothing
             model.load_state_dict(before)
@@ -171,7 +180,13 @@ def _channel_means(x: Tensor) -> Tensor:
 
 @contextmanager
 def _hooks(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
+    """Inside, `hook` is a forward hook of `modules` in this thread: others may run the model meanwhile."""
+    thread = threading.get_ident()
+
+    def here(*call: Any) -> Any:
+        return hook(*call) if threading.get_ident() == thread else None
+
+    handles = [module.register_forward_hook(here) for module in modules]
     try:
         yield
     finally:

@@ -6,6 +6,8 @@ stay as they are, so that a model which is loaded computes bit for bit what the 
 
 import hashlib
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, f
     content["sha256"] = _digest(content, weights)
     # Both are written before either takes its name: a full disk leaves a checkpoint that was there as it was.
     files = {WEIGHTS: weights, CONFIG: (json.dumps(content, indent=2) + "\n").encode()}
-    beside = {name: folder / f".{name}.half" for name in files}
+    beside = {name: folder / f".{name}.{os.getpid()}.{threading.get_ident()}.half" for name in files}
     try:
         for name, data in files.items():
             beside[name].write_bytes(data)

@@ -1,5 +1,6 @@
 """Keep what a process sets for torch out of a computation: default dtype and device, autocast, inference mode."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,14 +47,28 @@ def _float32_by_default() -> Iterator[None]:
     """The first thread inside sets the default dtype, and the last one outside gives it back."""
     global _dtype_users, _dtype_before
     with _dtype_lock:
-        if _dtype_users == 0:
+        counted = _dtype_users > 0 or torch.get_default_dtype() != torch.float32
+        if counted and _dtype_users == 0:
             _dtype_before = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
-        _dtype_users += 1
+        _dtype_users += counted
     try:
         yield
     finally:
         with _dtype_lock:
-            _dtype_users -= 1
-            if _dtype_users == 0:
+            _dtype_users -= counted
+            if counted and _dtype_users == 0:
                 torch.set_default_dtype(_dtype_before)
+
+
+def _begin_anew() -> None:
+    """In a forked child: the threads that were inside are not there."""
+    global _dtype_lock, _dtype_users
+    _dtype_lock = threading.Lock()
+    if _dtype_users:
+        torch.set_default_dtype(_dtype_before)
+    _dtype_users = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)

@@ -25,8 +25,8 @@ from quant.context import plain_torch
 from quant.functional import FEW, FINE, check_bits
 from quant.integer.program import refuse_unsupported
 from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
-from quant.quantizers import SMALLEST, Clock
-from quant.structure import check_structure, make, own_fields, try_out
+from quant.quantizers import SMALLEST, Clock, as_number
+from quant.structure import check_structure, make, own_fields, refuse_hooks, try_out
 
 # The tables of an activation quantizer, by their names in the state dict.
 ACT_TABLES = ("scale", "zero_point")
@@ -101,20 +101,29 @@ class QuantizedUNet(nn.Module):
 
     @plain_torch(inference=True)
     def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        """Raises ValueError after a conversion to half precision, and under gradient checkpointing."""
-        if self.dtype != torch.float32:
-            raise ValueError(f"a student computes in float32, not in {self.dtype}: call .float() on it")
+        """Raises ValueError after a conversion to another precision, and under gradient checkpointing."""
+        self.require_float32()
+        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+            raise ValueError("the sample must be a tensor of floats")
         if self.unet.is_gradient_checkpointing:
             raise ValueError("gradient checkpointing is not supported: it would ask the clock after the forward pass")
-        # A number as it is: diffusers would cut it to an integer.
-        dtype = torch.float32 if isinstance(timestep, float) else None
-        t = torch.as_tensor(timestep, device=sample.device, dtype=dtype)
+        if isinstance(timestep, str) or not hasattr(timestep, "__len__"):
+            timestep = as_number(timestep)  # a fraction stays one: diffusers would cut it to an integer
+        t = torch.as_tensor(timestep, device=sample.device)
         t = (t.float() if t.is_floating_point() else t).reshape(-1).expand(sample.shape[0])
         self.clock.set(t)
         try:
             return self.unet(sample.float(), t, *args, **kwargs)
         finally:
             self.clock.unset()
+
+    def require_float32(self) -> None:
+        """ValueError unless the numbers are of float32, on a device that holds them."""
+        if self.dtype != torch.float32:
+            mend = "call .float() on it" if self.dtype == torch.float64 else "its numbers are rounded, make it anew"
+            raise ValueError(f"a student computes in float32, not in {self.dtype}: {mend}")
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError("a student on the meta device has no numbers (accelerate's offload puts it there)")
 
     # diffusers' pipelines ask a denoiser for these three.
     @property
@@ -152,8 +161,10 @@ class QuantizedUNet(nn.Module):
         """Write `model.safetensors` and `config.json` into `folder`, weights in their real bits.
 
         Raises:
-            ValueError: the model is not frozen.
+            ValueError: the model is not frozen, not in float32, or has hooks, which would be lost.
         """
+        self.require_float32()
+        refuse_hooks(self)
         bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in self.layers()}
         tensors = {name: _in_half(x) for name, x in self.unet.state_dict().items()}
         if not bits.keys() <= tensors.keys():
@@ -186,7 +197,8 @@ class QuantizedUNet(nn.Module):
         try:
             with torch.device("meta"):  # takes no memory: until they are compared, sizes are the config's word alone
                 _check(tensors, _structure(config), config)
-            model = _structure(config)
+            with torch.random.fork_rng(devices=[]):  # new networks draw numbers, of no meaning here
+                model = _structure(config)
             for _, layer in model.layers():
                 layer.freeze()
             model.unet.load_state_dict(tensors)
@@ -280,18 +292,20 @@ def freeze(model: QuantizedUNet) -> QuantizedUNet:
     saved, before the codes are made; a saved student therefore computes the same bits as the frozen one.
 
     Raises:
-        ValueError: it is no student, or no layer's activation step size was ever set.
+        ValueError: it is no student of float32, no layer's activation step size was ever set, or it has hooks.
     """
     require_student(model)
+    refuse_hooks(model)
     if all((layer.act_quantizer.scale == 1).all() for _, layer in model.layers()):
         raise ValueError("only a calibrated student can be frozen: quant.calibrate sets its activations' step sizes")
     return _freeze(model)
 
 
 def require_student(model: Any) -> None:
-    """ValueError for what `quantize` did not make."""
+    """ValueError for what `quantize` did not make, and for a student in another precision than float32."""
     if not isinstance(model, QuantizedUNet):
         raise ValueError(f"a {type(model).__name__} is no student: quant.quantize makes one")
+    model.require_float32()
 
 
 def _freeze(model: QuantizedUNet) -> QuantizedUNet:

@@ -51,7 +51,9 @@ def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path:
     inputs, shapes = _example(model)
     if isinstance(model, QuantizedUNet):
         _use_onnx_quantizers(model)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -68,6 +70,8 @@ def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path:
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"torch.onnx cannot export this network: {reason}") from error
+    finally:
+        logger.setLevel(level)
     assert program is not None
     for node in program.model.graph:  # the exporter's stack traces, a third of the file
         node.metadata_props.clear()
@@ -100,13 +104,13 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     size = (size, size) if isinstance(size, int) else tuple(size)
     fractional = config.time_embedding_type == "fourier" or any(t != int(t) for t in timesteps)
     inputs = {
-        "sample": torch.randn(batch, config.in_channels, *size),
+        "sample": torch.zeros(batch, config.in_channels, *size),
         "timestep": torch.tensor(1.0 if fractional else 1),
     }
     shapes: dict[str, Any] = {"sample": {0: any_size, **sizes}, "timestep": None}
     if isinstance(unet, UNet2DConditionModel):
         width = config.cross_attention_dim
-        inputs["encoder_hidden_states"] = torch.randn(batch, 7, width if isinstance(width, int) else width[0])
+        inputs["encoder_hidden_states"] = torch.zeros(batch, 7, width if isinstance(width, int) else width[0])
         shapes["encoder_hidden_states"] = {0: any_size, 1: any_size}
     if unet.class_embedding is not None:
         inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)

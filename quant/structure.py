@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models import attention_processor
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 CLASSES: dict[str, Any] = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
@@ -71,6 +72,8 @@ def own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_config(name: Any, config: Mapping[str, Any]) -> None:
     """ValueError unless `name` is a class that is understood, and every field of its `config` one that is."""
+    if name is None:
+        raise ValueError(f"its config has no _class_name, which must be {' or '.join(CLASSES)}")
     if name not in CLASSES:
         raise ValueError(f"a {name} is not supported, only {' and '.join(CLASSES)}")
     defaults = {key: p.default for key, p in inspect.signature(CLASSES[name].__init__).parameters.items()}
@@ -125,7 +128,9 @@ def check_structure(unet: nn.Module) -> None:
     with torch.device("meta"):
         twin = make(kind.__name__, config)
     for name, parameter in unet.named_parameters():
-        if not parameter.isfinite().all():
+        if parameter.is_meta:
+            raise ValueError(f"{name}: it is on the meta device, without numbers (accelerate's offload puts it there)")
+        if not parameter.detach().isfinite().all():
             raise ValueError(f"{name}: it holds what is no finite number")
     ours, theirs = dict(unet.named_modules()), dict(twin.named_modules())
     for name in sorted(ours.keys() | theirs.keys()):
@@ -150,9 +155,7 @@ def _compare(place: str, ours: nn.Module, theirs: nn.Module) -> None:
     for name, value in vars(ours).items():
         if callable(value) and name not in vars(theirs) and name not in _CALLABLES:
             raise ValueError(f"{place}: its {name} was replaced")
-    hooks = [key for key, value in vars(ours).items() if key.endswith("_hooks") and value and "state_dict" not in key]
-    if hooks:
-        raise ValueError(f"{place}: it has hooks ({hooks[0].strip('_')}), which a student would not keep")
+    _refuse_hooks(place, ours)
     tensors = [
         {name: x.shape for name, x in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]}
         for m in (ours, theirs)
@@ -169,6 +172,20 @@ def _compare(place: str, ours: nn.Module, theirs: nn.Module) -> None:
         then, now = (values.get(key) for values in options)
         if then != now:
             raise ValueError(f"{place}: {key} is {then}, its config asks for {now}")
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """ValueError naming the first part of `model` with hooks or parametrizations, which saving and integers miss."""
+    for name, module in model.named_modules():
+        _refuse_hooks(name or type(model).__name__, module)
+
+
+def _refuse_hooks(place: str, module: nn.Module) -> None:
+    hooks = [key for key, value in vars(module).items() if key.endswith("_hooks") and value and "state_dict" not in key]
+    if hooks:
+        raise ValueError(f"{place}: it has hooks ({hooks[0].strip('_')}), which a student would not keep")
+    if is_parametrized(module):
+        raise ValueError(f"{place}: it has parametrizations; torch.nn.utils.parametrize can remove them")
 
 
 def _check_forward(place: str, module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Which layer computes in which bits, and its share of the parameters and of the multiply-accumulates."""
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -40,16 +41,11 @@ def summarise(model: QuantizedUNet, shape: tuple[int, int, int], **conditions: T
         conditions: further arguments of the network, for that one image, such as class_labels (1,).
     """
     rows: list[LayerSummary] = []
-    hooks = [
-        module.register_forward_hook(partial(_summarise_layer, rows, name), with_kwargs=True)
-        for name, module in model.unet.named_modules()
-        if isinstance(module, QuantLayer | Attention)
-    ]
-    try:
-        model(torch.zeros(1, *shape, device=model.device), model.clock.timesteps[0], **conditions)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    copied = copy.deepcopy(model)  # hooks in the model itself would see the forward passes of other threads
+    for name, module in copied.unet.named_modules():
+        if isinstance(module, QuantLayer | Attention):
+            module.register_forward_hook(partial(_summarise_layer, rows, name), with_kwargs=True)
+    copied(torch.zeros(1, *shape, device=model.device), model.clock.timesteps[0], **conditions)
     return rows
 
 

@@ -3,7 +3,6 @@
 import copy
 import ctypes
 import math
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,13 @@ from quant.integer import core
 from quant.integer.layers import LARGEST_DIGIT, Layers, owned
 from quant.integer.lines import Program
 from quant.integer.program import follow_time_embedding, follow_unet, refuse_unsupported
+from quant.structure import refuse_hooks
 
 if TYPE_CHECKING:
     from quant.convert import QuantizedUNet
 
 MAX_STEPS = 1000  # timesteps whose step sizes and biases are kept
 MAX_NUMBER = 1 << 20  # beyond that, sines and cosines are not what the core promises
-_PREPARING = threading.Lock()  # threads may share a model, but not the clock that a timestep's step sizes are read by
 
 
 class Moment:
@@ -143,15 +142,14 @@ class _Projection:
 class IntegerUNet(nn.Module):
     """A denoiser on integers: `eps = model(x_t, t).sample`, float32 out, on the CPU.
 
-    It computes with copies of the student's numbers, in memory of its own: moving or changing the student's tensors
-    later, those of `student` included, changes nothing here. Copies and pickles are made anew from `student`.
+    It has no parameters, as nothing of it can be trained, moved or replaced: it computes with copies of the student's
+    numbers, in memory of its own. Its state dict is the student's. Copies and pickles are made anew from `student`.
 
     The bytes of ε depend on the student, on x_t, t and the class alone: not on the batch, the threads, the instruction
     set or the operating system. Where x_t holds something that is not a finite number, ε is none at all. Threads may
     share a model.
 
     Attributes:
-        student: the frozen student that it was made from.
         core: the instruction set that runs it, with its functions.
         time: from a timestep and a class to what they add to each block.
         programs: from x_t to ε, for each height and width that was met.
@@ -162,11 +160,12 @@ class IntegerUNet(nn.Module):
     @plain_torch()
     def __init__(self, student: "QuantizedUNet", isa: str | None = None):
         super().__init__()
-        if student.dtype != torch.float32:
-            raise ValueError(f"a student goes to integers from float32, not from {student.dtype}: call .float() on it")
+        student.require_float32()
+        refuse_hooks(student)
         refuse_unsupported(student.unet)
-        self.core = core.choose(isa)
-        self.student, self.clock = student, copy.deepcopy(student.clock)
+        self.core, self._isa = core.choose(isa), isa
+        self._held = (student,)  # in a tuple, for a module among its attributes would give it parameters
+        self.clock = copy.deepcopy(student.clock)
         self.layers = Layers(list(student.layers()), list(student.unet.modules()))
         self.time = follow_time_embedding(student.unet, self.layers)
         quantizers = [layer.act_quantizer for layer in self.layers]
@@ -181,6 +180,11 @@ class IntegerUNet(nn.Module):
         self.seconds: np.ndarray | None = None
         self.programs: dict[tuple[int, int], Program] = {}
         self.moments: dict[tuple[float, float | None], Moment] = {}
+
+    @property
+    def student(self) -> "QuantizedUNet":
+        """The frozen student that it was made from, on the CPU."""
+        return self._held[0]
 
     # diffusers' pipelines ask a denoiser for these three.
     @property
@@ -209,9 +213,11 @@ class IntegerUNet(nn.Module):
             class_labels: (N,), for a network with classes.
 
         Raises:
-            ValueError: one of them is of another kind, or the images do not fit the network.
+            ValueError: one of them is of another kind, or the images do not fit the network; or torch is tracing.
         """
-        if not isinstance(sample, Tensor) or not sample.is_floating_point():
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise ValueError("an integer model cannot be traced or exported: export the frozen student")
+        if not isinstance(sample, Tensor) or not sample.is_floating_point() or sample.layout != torch.strided:
             raise ValueError("the sample must be a tensor of floats")
         if sample.dim() != 4:
             raise ValueError(f"the sample must be (N, {self._in_channels}, height, width), not {tuple(sample.shape)}")
@@ -226,11 +232,8 @@ class IntegerUNet(nn.Module):
             raise ValueError("this network has classes: class_labels must say which, (N,)")
         timesteps = self._timestep.read(timestep, count)
         labels = [None] * count if self._label is None else self._label.read(class_labels, count)
-        with _PREPARING:
-            if (height, width) not in self.programs:
-                self.programs[height, width] = follow_unet(self.student.unet, self.layers, height, width)
-            program = self.programs[height, width]
-            moments = [self._moment(t, label) for t, label in zip(timesteps, labels, strict=True)]
+        program = self._program(height, width)
+        moments = [self._moment(t, label) for t, label in zip(timesteps, labels, strict=True)]
         x = sample.detach().to(torch.float32).resolve_neg().contiguous()
         eps = torch.empty(count, *program.shapes[-1], dtype=torch.float32, device="cpu")
         pointers = (ctypes.c_void_p * count)(*(ctypes.addressof(moment.structure) for moment in moments))
@@ -243,12 +246,18 @@ class IntegerUNet(nn.Module):
             eps /= torch.tensor(timesteps, dtype=torch.float32)[:, None, None, None]
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
+    # Threads may share a model: two may make the same program or moment, and each goes on with its own.
+    def _program(self, height: int, width: int) -> Program:
+        if (program := self.programs.get((height, width))) is None:
+            program = self.programs[height, width] = follow_unet(self.student.unet, self.layers, height, width)
+        return program
+
     def _moment(self, t: float, label: float | None) -> Moment:
-        if (t, label) not in self.moments:
-            if len(self.moments) == MAX_STEPS:
+        if (moment := self.moments.get((t, label))) is None:
+            if len(self.moments) >= MAX_STEPS:
                 self.moments.clear()
-            self.moments[t, label] = self._new_moment(t, label)
-        return self.moments[t, label]
+            moment = self.moments[t, label] = self._new_moment(t, label)
+        return moment
 
     def _new_moment(self, t: float, label: float | None) -> Moment:
         self.clock.set(torch.tensor([t], dtype=torch.float32))
@@ -276,16 +285,15 @@ class IntegerUNet(nn.Module):
             moment.modulate(number, weight, bias, scale, shift)
         return moment
 
-    # What the core reads is made once: a module's own ways to change its numbers would miss that.
-    def _apply(self, fn: Any, recurse: bool = True) -> "IntegerUNet":
-        return self  # .to(device or dtype) asks for nothing that it could do: it is on the CPU, in integers
+    # A module that this one is a part of calls these two.
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.student.state_dict(destination=destination, prefix=f"{prefix}student.", keep_vars=keep_vars)
 
-    def load_state_dict(self, *_: Any, **__: Any) -> Any:
-        """Raises ValueError: make a new one of another student."""
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
         raise ValueError("an integer model keeps its numbers: call to_integer on the other student")
 
     def __reduce__(self) -> tuple:
-        return IntegerUNet, (self.student, self.core.isa)
+        return IntegerUNet, (self.student, self._isa)
 
 
 @plain_torch()

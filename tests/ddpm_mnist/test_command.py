@@ -1,8 +1,11 @@
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +129,69 @@ def test_a_wrong_value_is_told_in_the_options_own_words(words, line, capsys):
         run_command("prog", lambda config: None, RunConfig, words)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"prog: {line}\n"
+
+
+def said_in(locale, *words):
+    """The exit code and the errors of the words, bytes, in a process of that locale without UTF-8 mode."""
+    variables = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    program = (
+        "import sys; from dataclasses import dataclass; from pathlib import Path\n"
+        "from ddpm_mnist.command import run_command; from ddpm_mnist.runs import write_text\n"
+        "@dataclass\n"
+        "class Config:\n"
+        "    output: Path = Path('a')\n"
+        "run_command('prog', lambda config: write_text(config.output, 'written'), Config, sys.argv[1:])\n"
+    )
+    environment = {**os.environ, **variables}
+    ended = subprocess.run([sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True)
+    return ended.returncode, ended.stderr
+
+
+def test_an_output_is_written_or_the_encoding_that_lacks_its_letters_is_named(tmp_path):
+    output = f"{tmp_path}/ş数"
+    config = tmp_path / "c.yaml"
+    config.write_text(f"# ş\noutput: {output}\n", "utf-8")
+    for words in (["--output", output], ["--config", str(config)]):
+        code, line = said_in("C", *words)
+        assert (code, line.count("\n")) == (2, 1)
+        assert "is not in the locale's encoding, ascii: set PYTHONUTF8=1, or take another name" in line
+        assert said_in("C.UTF-8", *words) == (0, "")
+        assert Path(output).read_text() == "written"
+        Path(output).unlink()
+    config.write_text(f"# ş, in a comment alone\noutput: {tmp_path}/b\n", "utf-8")
+    assert said_in("C", "--config", str(config)) == (0, "")
+    code, line = said_in("C.UTF-8", "--output", os.fsencode(tmp_path) + b"/\xff")
+    assert (code, line.count("\n")) == (2, 1)
+    assert "is not in the locale's encoding, utf-8: take another name" in line
+
+
+@pytest.mark.parametrize(
+    "words", [["--model", ""], ["--model="], ["--config", "EMPTY"]], ids=["word", "equals", "file"]
+)
+def test_an_empty_value_is_refused(words, tmp_path, refuse):
+    (tmp_path / "empty.yaml").write_text('model: ""\n')
+    words = [word.replace("EMPTY", str(tmp_path / "empty.yaml")) for word in words]
+    assert "a value is missing, where " in refuse(*load("sample"), words)
+
+
+def test_the_home_folder_is_where_its_sign_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("output: ~/b.npy\n")
+    seen = []
+    for words in (["--output=~/a.npy"], ["--config", str(tmp_path / "c.yaml")], ["--model", "~/m"]):
+        run_command("prog", seen.append, load("sample")[1], words)
+    assert [config.output for config in seen[:2]] == [tmp_path / "a.npy", tmp_path / "b.npy"]
+    assert seen[2].model == str(tmp_path / "m")
+
+
+def test_a_config_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    thread = threading.Thread(target=(tmp_path / "pipe").write_text, args=["num_images: 3\n"])
+    thread.start()
+    seen = []
+    run_command("prog", seen.append, load("sample")[1], ["--config", str(tmp_path / "pipe")])
+    thread.join()
+    assert seen[0].num_images == 3
 
 
 def test_a_file_of_comments_changes_nothing_and_null_is_no_number(tmp_path, capsys):

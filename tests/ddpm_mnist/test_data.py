@@ -4,12 +4,14 @@ import io
 import pickle
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from ddpm_mnist import InputError, data
 
@@ -209,14 +211,56 @@ def pictures(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
+def colour_of_16_bits():
+    """A PNG file, which Pillow opens as RGB."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
+
+
 def test_a_folder_in_sorted_order_what_is_hidden_left_out(tmp_path):
     grey = pictures(3, 6, 8)
     for name, array in zip(("b/a.png", "a.bmp", "b/b.PNG"), grey, strict=True):
         save(tmp_path / name, array)
     save(tmp_path / ".ipynb_checkpoints" / "a.png", grey[0])
     save(tmp_path / "._a.png", grey[0])
-    (tmp_path / "README.txt").write_text("no image")
     assert np.array_equal(data.load_images(str(tmp_path)), grey[[1, 0, 2]])
+
+
+def test_class_folders_that_are_links_are_read_as_torchvision_reads_them(tmp_path):
+    grey = pictures(4, 6, 8)
+    for name, array in zip(("data/a/0.png", "data/a/1.png", "store/0.png", "store/1.png"), grey, strict=True):
+        save(tmp_path / name, array)
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "store")
+    theirs = [np.asarray(image.convert("L")) for image, _ in ImageFolder(tmp_path / "data")]
+    assert np.array_equal(data.load_images(str(tmp_path / "data")), theirs)
+    (tmp_path / "data" / "a").rename(tmp_path / "away")
+    assert len(data.load_images(str(tmp_path / "data"))) == 2, "of links alone"
+
+
+def test_what_cannot_be_followed_is_refused_by_name(tmp_path):
+    save(tmp_path / "a.png", pictures(6, 8))
+    for name in ("b.png", "c"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+        with pytest.raises(InputError, match=rf"{name} is a link that leads nowhere: take it away"):
+            data.load_images(str(tmp_path))
+        (tmp_path / name).unlink()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "up").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"d/up links to a folder that it lies in"):
+        data.load_images(str(tmp_path))
+
+
+def test_files_that_are_no_images_by_name_are_said(tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name, pictures(6, 8))
+    for name in ("c.csv", "d.h5"):
+        (tmp_path / name).write_text("no image")
+    assert len(data.load_images(str(tmp_path))) == 2
+    assert capsys.readouterr().out == f"{tmp_path}: {tmp_path}/c.csv and 1 more left out, not images by name\n"
 
 
 def test_a_folder_in_colour(tmp_path):
@@ -262,7 +306,7 @@ def test_resizing_keeps_the_middle_and_its_proportions(channels, tmp_path):
     assert np.array_equal(images, np.stack(middle))
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 6, 8, 3), (3, 6, 8, 1)])
+@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 6, 8, 3), (3, 6, 8, 1), (3, 6, 3, 1)])
 def test_an_array(shape, tmp_path):
     array = pictures(*shape)
     np.save(tmp_path / "a.npy", array)
@@ -278,14 +322,17 @@ def test_wrong_arrays_are_refused(tmp_path):
         with pytest.raises(InputError, match=message) as caught:
             data.load_images(str(path))
         assert "\n" not in str(caught.value)
-        assert "is uint8, of shape (N, H, W) or (N, H, W, 3)" in str(caught.value)
+        assert "is uint8, of shape (N, H, W) or (N, H, W, 1) in grey, (N, H, W, 3) in colour" in str(caught.value)
 
     refused(np.zeros((2, 6, 8)), r"a\.npy holds float64: ")
     refused(np.array([{}], object), r"a\.npy cannot be read: Array can't be memory-mapped: Python objects")
     refused(pictures(2, 3, 6, 8), r"a\.npy has shape \(2, 3, 6, 8\): ")
+    for channels in (1, 3, 4):
+        refused(pictures(8, 8, channels), r"a\.npy has shape .*, which may be one image with its channels: ")
     refused(pictures(6, 8), r"a\.npy has shape \(6, 8\): ")
     refused(pictures(0, 6, 8), r"a\.npy is empty, of shape \(0, 6, 8\): ")
-    for content in (pickle.dumps([1]), b"", b"\x93NUMPY"):
+    np.save(path, pictures(2, 6, 8))
+    for content in (path.read_bytes() + b"more", pickle.dumps([1]), b"", b"\x93NUMPY"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"a\.npy cannot be read"):
             data.load_images(str(path))
@@ -304,6 +351,15 @@ def test_wrong_images_are_refused_by_name(tmp_path):
     refused("holds no images: give a folder of files like .png or .jpg")
     save(tmp_path / "a.png", pictures(6, 8).astype(np.uint16) * 257)
     refused(r"a\.png cannot be read as an image of 8 bits: .*more than 8 bits a pixel")
+    for start, bits in ((b"P6 1 1 65535\n", bytes(6)), (b"P6 1 1 1023\n", bytes(6))):
+        (tmp_path / "a.png").write_bytes(start + bits)
+        refused(r"a\.png cannot be read as an image of 8 bits: .*more than 8 bits a pixel")
+    (tmp_path / "a.png").write_bytes(colour_of_16_bits())
+    refused(r"a\.png cannot be read as an image of 8 bits: .*more than 8 bits a pixel")
+    first, *rest = (Image.fromarray(image) for image in pictures(3, 6, 8))
+    for kind in ("gif", "png", "tiff", "webp"):
+        first.save(tmp_path / "a.png", kind, save_all=True, append_images=rest)
+        refused(r"a\.png cannot be read as an image of 8 bits: holds 3 images: save each as a file of its own")
     save(tmp_path / "a.png", pictures(6, 8, 4))
     refused(r"a\.png cannot be read as an image of 8 bits: .*transparent in places")
     save(tmp_path / "a.png", pictures(64, 64))

@@ -268,7 +268,7 @@ def test_an_output_is_a_file_and_a_link_stays_one(tmp_path):
     assert (tmp_path / "real.json").read_text() == "new"
     with pytest.raises(InputError, match="it is a folder"):
         prepare_output(tmp_path)
-    with pytest.raises(InputError, match="it is a device, and no file"):
+    with pytest.raises(InputError, match="it is no regular file"):
         prepare_output(Path("/dev/null"))
     with pytest.raises(InputError, match="File name too long"):  # with what it is called as it is being written
         prepare_output(tmp_path / f"{'x' * 245}.json")

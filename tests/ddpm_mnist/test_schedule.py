@@ -40,6 +40,8 @@ def theirs(config, solver, num_steps, x):
     if solver == "ddim":
         scheduler, options = DDIMScheduler.from_config(config), {"use_clipped_model_output": True}
     else:
+        if config["_class_name"] == "DEISMultistepScheduler":  # diffusers renames these two too late
+            config = {**config, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
         clips = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
         clips = clips if config.get("clip_sample") or config.get("thresholding") else {}
         scheduler, options = DPMSolverMultistepScheduler.from_config(config, **clips), {}
@@ -115,8 +117,8 @@ def test_every_schedule_samples_as_diffusers_does(solver, total, zero_snr):
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
 def test_every_scheduler_is_read_as_diffusers_reads_it(solver, num_steps, name, options):
     difference = compare(config_of(getattr(diffusers, name)(**options)), solver, num_steps)
-    if solver == "dpm++" and ("lambda_min_clipped" in options or name == "DEISMultistepScheduler"):
-        assert difference is None, "diffusers itself makes no DPM-Solver++ of DEIS"
+    if solver == "dpm++" and "lambda_min_clipped" in options:
+        assert difference is None
     else:
         assert difference <= 1
 

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -163,6 +164,21 @@ def test_the_network_takes_channels_and_size_from_the_data(shape, channels, size
     assert picture.shape == (8 * (height + 2) + 2, 8 * (width + 2) + 2, 3)
     assert (picture == picture[..., :1]).all() == (channels == 1), "a grey picture has equal channels, and no other"
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"] == data
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_modes_that_the_umask_says(umask, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 8, 8), np.uint8))
+    unet = UNetConfig((8, 16), norm_num_groups=4, attention_head_dim=8)
+    before = os.umask(umask)
+    try:
+        config = TeacherConfig(tmp_path / "run", str(tmp_path / "a.npy"), unet=unet, total_updates=1, batch_size=2)
+        train_teacher(config)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o666 & ~umask for path in files}
 
 
 def test_images_are_resized_as_the_config_says(tmp_path):

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from ddpm_mnist.command import run_command
 from ddpm_mnist.noise import draw_noise, image_generators
@@ -226,9 +229,67 @@ def test_a_unet_without_a_scheduler_gets_a_word(tmp_path, capsys):
     assert np.array_equal(draw(folder, tmp_path, "--num_steps", "3"), with_scheduler), "as older folders have it"
 
 
+def test_an_average_of_diffusers_beside_its_network_is_read_with_its_scheduler(tmp_path, capsys):
+    """`unet_ema` as diffusers' trainings leave it in a checkpoint."""
+    folder = make_folder(tmp_path / "model", DDPMScheduler(prediction_type="v_prediction"))
+    torch.manual_seed(1)
+    other = UNet2DModel(sample_size=28, in_channels=1, out_channels=1, **SMALL, **BLOCKS)
+    EMAModel(other.parameters(), model_cls=UNet2DModel, model_config=other.config).save_pretrained(folder / "unet_ema")
+    model = load_model(str(folder / "unet_ema"))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert (
+        "decay, inv_gamma, min_decay, optimization_step, power, update_after_step, use_ema_warmup are ignored" in said
+    )
+    assert model.schedule.prediction_type == "v_prediction"
+    assert all(map(torch.equal, model.denoiser.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("target", ["unet", "weights"])
+def test_a_linked_network_has_the_scheduler_that_lies_beside_the_link(target, tmp_path):
+    store = make_folder(tmp_path / "store")
+    folder = make_folder(tmp_path / "model", DDPMScheduler(prediction_type="v_prediction"))
+    (store / "unet").rename(store / target)
+    shutil.rmtree(folder / "unet")
+    (folder / "unet").symlink_to(store / target)
+    assert load_model(str(folder)).schedule.prediction_type == "v_prediction"
+    assert load_model(str(folder / "unet")).schedule.prediction_type == "v_prediction"
+    (tmp_path / "link").symlink_to(folder)
+    assert load_model(str(tmp_path / "link")).schedule.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("leave", [Path.unlink, lambda path: path.rename(path.with_name("config.json"))])
+def test_a_scheduler_that_is_missing_where_it_should_be_is_not_guessed(leave, tmp_path, capsys):
+    folder = make_folder(tmp_path / "model")
+    (folder / "model_index.json").unlink()
+    leave(folder / "scheduler" / "scheduler_config.json")
+    err = refusal(capsys, write_samples, SampleConfig, "--model", str(folder))
+    assert "scheduler_config.json is missing, where its scheduler should be" in err
+
+
+def test_codes_are_not_taken_for_weights(tmp_path, capsys):
+    folder = make_folder(tmp_path / "model")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "conv_in.bias": (100 * weights["conv_in.bias"]).to(torch.int8)}, path)
+    err = refusal(capsys, write_samples, SampleConfig, "--model", str(folder))
+    assert "conv_in.bias in diffusion_pytorch_model.safetensors is of I8, not of floats" in err
+
+
+def test_adapters_beside_a_network_are_said_to_be_ignored(tmp_path, capsys):
+    folder = make_folder(tmp_path / "model")
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    load_model(str(folder))
+    assert "has pytorch_lora_weights.safetensors beside the network: it is ignored" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
+        ("unet/config.json", {"_class_name": None}, "its config has no _class_name, which must be UNet2DModel or"),
+        ("scheduler/scheduler_config.json", {"clip_sample": "false"}, "clip_sample = 'false', which must be true or"),
+        ("scheduler/scheduler_config.json", {"steps_offset": 1.5}, "steps_offset = 1.5, which is no whole number"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": True}, "num_train_timesteps must be a number from"),
         ("unet/config.json", {"new_norm": "rms"}, "UNet2DModel has new_norm = rms, which is not known here"),
         ("unet/config.json", {"_class_name": "UNet2DTomorrow"}, "a UNet2DTomorrow is not supported"),
         ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel needs text"),

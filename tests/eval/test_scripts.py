@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_mnist import InputError
 from ddpm_mnist.command import run_command
+from ddpm_mnist.runs import lock_file
+from ddpm_mnist.sampler import sample
 from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import save_teacher
+from eval.export import ExportConfig, export
 from eval.features import load_ruler
 from eval.fid import FidConfig, print_fid
 from eval.grid import GridConfig, draw_models, recorded_fid, row_label
@@ -67,13 +70,47 @@ def size(path):
 def test_an_array_has_one_process_at_a_time(teacher_folder, tmp_path, monkeypatch):
     config = SampleConfig(model=teacher_folder, num_images=2, num_steps=1, output=tmp_path / "x.npy")
 
-    def meanwhile(beside, content):
-        with pytest.raises(InputError, match="another process is drawing these images"):
-            write_samples(config)
-        beside.write_bytes(beside.read_bytes() + content)
+    def meanwhile(*arguments):
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr("eval.sample.sample", sample)
+            with pytest.raises(InputError, match="another process is drawing these images"):
+                write_samples(config)
+            other = np.load(write_samples(dataclasses.replace(config, seed=7)))  # of other settings: into another file
+        assert other.shape == (2, 28, 28)
+        return sample(*arguments)
 
-    monkeypatch.setattr("eval.sample._append", meanwhile)
-    assert np.load(write_samples(config)).shape == (2, 28, 28)
+    monkeypatch.setattr("eval.sample.sample", meanwhile)
+    images = np.load(write_samples(config))
+    monkeypatch.undo()
+    assert np.array_equal(images, np.load(write_samples(config)))
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_an_array_that_is_taken_away_while_it_is_drawn_is_not_begun_again(teacher_folder, tmp_path, monkeypatch):
+    def take_away(*arguments):
+        next(tmp_path.glob(".x.npy.*.partial")).unlink()
+        return sample(*arguments)
+
+    monkeypatch.setattr("eval.sample.sample", take_away)
+    config = SampleConfig(model=teacher_folder, num_images=2, num_steps=1, output=tmp_path / "x.npy")
+    with pytest.raises(InputError, match=r"cannot write .*x\.npy: .*partial was taken away"):
+        write_samples(config)
+    assert not list(tmp_path.glob("*x.npy*"))
+
+
+def test_an_array_behind_a_link_lies_where_the_link_leads(teacher_folder, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "x.npy").symlink_to(tmp_path / "store" / "y.npy")
+    write_samples(SampleConfig(model=teacher_folder, num_images=2, num_steps=1, output=tmp_path / "x.npy"))
+    assert (tmp_path / "x.npy").is_symlink()
+    assert np.load(tmp_path / "store" / "y.npy").shape == (2, 28, 28)
+
+
+def test_names_are_no_markup(student_folder, tmp_path, capsys):
+    (tmp_path / "[bold]{x}[").symlink_to(student_folder)
+    name = str(tmp_path / "[bold]{x}[")
+    print_fid(FidConfig(model=name, num_images=12, num_steps=2, output=tmp_path / "fid.json"))
+    assert "[bold]{x}[" in capsys.readouterr().out
 
 
 def test_an_array_that_was_killed_is_gone_on_with(teacher_folder, tmp_path, capsys):
@@ -248,6 +285,28 @@ def test_wrong_input_gets_one_line_and_exit_code_2(module, arguments, message, t
     broken.write_text("num_images: [")
     arguments = [argument.format(folder=tmp_path, broken=broken) for argument in arguments]
     assert message in refuse(function, config, arguments)
+
+
+def test_two_exports_into_one_folder_do_not_mix(student_folder, tmp_path):
+    with (tmp_path / ".lock").open("ab") as other:
+        assert lock_file(other)
+        with pytest.raises(InputError, match=r"is writing into .*: wait for it, or choose another folder"):
+            export(ExportConfig(model=student_folder, format="packed", output=tmp_path))
+    assert export(ExportConfig(model=student_folder, format="packed", output=tmp_path)).exists()
+
+
+def test_an_export_that_failed_may_be_tried_again(student_folder, tmp_path, monkeypatch):
+    config = ExportConfig(model=student_folder, format="packed", output=tmp_path)
+
+    def fill_the_disk(path, value):
+        path.parent.mkdir()
+        raise InputError(f"cannot write {path}: No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("eval.export.write_json", fill_the_disk)
+        with pytest.raises(InputError, match="No space left on device"):
+            export(config)
+    assert export(config).exists()
 
 
 def test_a_damaged_teacher_gets_one_line(unet, tmp_path, capfd):

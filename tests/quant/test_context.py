@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import UNet2DModel
 
 import quant
+from quant import context
 from quant.context import plain_torch
 from quant.summary import summarise
 
@@ -24,7 +26,7 @@ def digest(tensors):
     return hashlib.sha256(b"".join(f"{x.dtype}".encode() + x.numpy().tobytes() for x in tensors)).hexdigest()
 
 
-def every_verb(folder, context):
+def every_verb(folder, surrounding):
     """What each verb makes of the same network and the same states, as digests."""
     with plain_torch():
         torch.manual_seed(1)
@@ -33,7 +35,7 @@ def every_verb(folder, context):
         times = (20, 333.3, [0.7, 20.5, 700.0, 900.0], torch.tensor([20, 400, 400, 900]))
     x, given = states[20], {name: value.clone() for name, value in unet.state_dict().items()}
     made = {}
-    with context():
+    with surrounding():
         for name, options in (("plain", {}), ("reconstructed", {"reconstruction": True, "per_step": False})):
             torch.manual_seed(2)
             student = quant.quantize(unet, quant.QuantConfig(rank=2, **options), TIMESTEPS)
@@ -72,7 +74,7 @@ def usual(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "context",
+    "surrounding",
     [
         lambda: default_dtype(torch.float64),
         lambda: default_dtype(torch.bfloat16),
@@ -83,8 +85,8 @@ def usual(tmp_path_factory):
     ],
     ids=["float64", "bfloat16", "meta", "autocast", "inference_mode", "no_grad"],
 )
-def test_every_verb_gives_the_same_bytes(context, usual, tmp_path):
-    assert every_verb(tmp_path, context) == usual
+def test_every_verb_gives_the_same_bytes(surrounding, usual, tmp_path):
+    assert every_verb(tmp_path, surrounding) == usual
 
 
 def test_the_defaults_of_the_importing_process_have_no_influence(usual, tmp_path):
@@ -99,6 +101,15 @@ def test_the_defaults_of_the_importing_process_have_no_influence(usual, tmp_path
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout) == usual
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_lacks():
+    with default_dtype(torch.float64), plain_torch(), context._dtype_lock:
+        if (child := os.fork()) == 0:
+            with plain_torch():
+                inside = torch.get_default_dtype()
+            os._exit(0 if (inside, torch.get_default_dtype()) == (torch.float32, torch.float64) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_default_dtype_comes_back_when_the_last_thread_is_out():

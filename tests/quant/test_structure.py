@@ -2,15 +2,18 @@
 
 import copy
 import inspect
+import json
 
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.training_utils import EMAModel
 from torch import nn
 
-from quant import QuantConfig, QuantizedUNet, quantize
-from quant.structure import CLASSES, FIELDS, check_config, check_structure
+from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
+from quant.structure import CLASSES, EMA_FIELDS, FIELDS, check_config, check_structure
 
 
 class Scaled(UNet2DModel):
@@ -34,6 +37,12 @@ def put(path, value):
     return change
 
 
+def prepared(unet, **options):
+    """What a training with accelerate's mixed precision hands back."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    return accelerator.unwrap_model(accelerator.prepare(unet), **options)
+
+
 def each_attention(unet, action):
     for module in unet.modules():
         if isinstance(module, Attention):
@@ -46,7 +55,9 @@ def each_attention(unet, action):
         (lambda unet: Scaled.from_config(unet.config), "a Scaled is not supported, only UNet2DModel"),
         (torch.compile, "a OptimizedModule is not supported"),
         (nn.DataParallel, "a DataParallel is not supported"),
-        (put("forward", lambda *_: None), "UNet2DModel: its forward was replaced"),
+        (put("forward", lambda *_: None), "UNet2DModel: its forward was replaced$"),
+        (prepared, r"its forward was replaced by accelerate: take .*unwrap_model\(unet, keep_fp32_wrapper=False\)"),
+        (cpu_offload, r"conv_in\.weight: it is on the meta device, without numbers"),
         (put("conv_in._conv_forward", lambda *_: None), "conv_in: its _conv_forward was replaced"),
         (put("conv_norm_out", nn.Identity()), "conv_norm_out: a Identity is there, its class makes a GroupNorm"),
         (put("conv_act", nn.ReLU()), "conv_act: a ReLU is there, its class makes a SiLU"),
@@ -103,14 +114,35 @@ def test_what_changes_nothing_that_is_computed_is_taken(unet, change):
     check_structure(unet)
 
 
+def test_the_network_that_accelerate_unwraps_is_taken(unet):
+    unwrapped = prepared(copy.deepcopy(unet), keep_fp32_wrapper=False)
+    torch.manual_seed(0)
+    ours = quantize(unwrapped, QuantConfig(rank=2), [999, 499])
+    torch.manual_seed(0)
+    expected = quantize(unet, QuantConfig(rank=2), [999, 499])
+    assert "forward" not in vars(ours.unet)
+    assert all(map(torch.equal, ours.state_dict().values(), expected.state_dict().values()))
+
+
+def test_an_average_of_diffusers_is_taken_and_its_fields_are_left_out(unet, tmp_path):
+    EMAModel(unet.parameters(), model_cls=UNet2DModel, model_config=unet.config).save_pretrained(tmp_path)
+    average = UNet2DModel.from_pretrained(tmp_path)
+    assert average.config["decay"] == 0.9999
+    check_config("UNet2DModel", average.config)
+    student = quantize(average, QuantConfig(rank=2), [999, 499])
+    calibrate(student, {t: torch.randn(2, 1, 28, 28) for t in (999, 499)})
+    freeze(student).save_pretrained(tmp_path / "student")
+    assert not EMA_FIELDS & json.loads((tmp_path / "student" / "config.json").read_text())["unet"].keys()
+    with pytest.raises(ValueError, match=r"UNet2DModel has decay = .*, which is not known here"):
+        check_config("UNet2DModel", {"decay": 0.9})
+
+
 def test_the_fields_of_the_installed_diffusers_are_known():
     for name, kind in CLASSES.items():
         assert set(inspect.signature(kind.__init__).parameters) - {"self"} == FIELDS[name]
 
 
 def test_a_field_of_tomorrow_is_refused_where_a_student_is_loaded(student, tmp_path, monkeypatch):
-    from quant import freeze
-
     frozen = freeze(student)
     frozen.unet.register_to_config(new_norm="rms")
     frozen.save_pretrained(tmp_path)

@@ -1,4 +1,5 @@
 import copy
+import gc
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -236,7 +237,7 @@ def test_only_a_frozen_student_runs_on_integers(student):
 
 def test_a_student_of_half_precision_is_refused(frozen):
     """The core would read its numbers as others."""
-    with pytest.raises(ValueError, match=r"from float32, not from torch\.float16: call \.float\(\) on it"):
+    with pytest.raises(ValueError, match=r"computes in float32, not in torch\.float16: its numbers are rounded"):
         to_integer(copy.deepcopy(frozen).half())
 
 
@@ -253,6 +254,74 @@ def test_what_becomes_of_its_student_does_not_matter(frozen, buffer):
         layer.codes.zero_()
         layer.act_quantizer.scale *= 2
     assert torch.equal(model(buffer.x[:, 1], 500).sample, to_integer(frozen)(buffer.x[:, 1], 500).sample)
+
+
+def in_spawned_process(model, x, t):
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(model, (x, t)).sample
+
+
+def zero(student):
+    for parameter in student.parameters():
+        parameter.data = torch.zeros_like(parameter)
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda model: model.share_memory(),
+        lambda model: model.student.share_memory(),
+        lambda model: model.student.half(),
+        lambda model: zero(model.student),
+        lambda model: model.student.load_state_dict({k: 0 * v for k, v in model.student.state_dict().items()}),
+        lambda model: torch.optim.swa_utils.AveragedModel(model).update_parameters(model.half()),
+    ],
+    ids=["share_memory", "student.share_memory", "student.half", "data", "load_state_dict", "average"],
+)
+def test_what_becomes_of_a_tensor_does_not_move_what_the_core_reads(happens, frozen, buffer):
+    student = copy.deepcopy(frozen)
+    model, x = to_integer(student), buffer.x[:, 1]
+    expected = model(x, 500).sample
+    happens(model)
+    del student
+    gc.collect()
+    torch.randn(1 << 20)  # takes memory that was freed
+    model.moments.clear()
+    model.programs.clear()
+    assert torch.equal(model(x, 500).sample, expected)
+
+
+def test_a_spawned_process_and_its_parent_have_the_same_model(frozen, buffer):
+    """Sending a tensor moves its storage to shared memory."""
+    model, x = to_integer(frozen), buffer.x[:2, 1]
+    expected = model(x, 500).sample
+    assert torch.equal(in_spawned_process(model, x, 500), expected)
+    torch.randn(1 << 20)
+    model.moments.clear()
+    assert torch.equal(model(x, 500).sample, expected)
+
+
+def test_it_has_no_parameters_and_takes_no_numbers_as_a_part_either(frozen):
+    model = torch.nn.Sequential(to_integer(frozen))
+    assert not list(model.parameters())
+    state = model.state_dict()
+    assert {f"0.student.{name}" for name in frozen.state_dict()} == state.keys()
+    with pytest.raises(ValueError, match="call to_integer on the other student"):
+        model.load_state_dict(state)
+
+
+def test_it_runs_uncompiled_in_a_compiled_program_and_is_not_traced(frozen):
+    model, x = to_integer(frozen), torch.randn(2, 1, 28, 28)
+    assert torch.equal(torch.compile(model, backend="eager")(x, 500).sample, model(x, 500).sample)
+    with pytest.raises(ValueError, match="cannot be traced or exported: export the frozen student"):
+        torch.jit.trace(lambda x: model(x, 500, return_dict=False)[0], x)
+
+
+def test_hooks_are_not_lost_without_a_word(frozen):
+    student = copy.deepcopy(frozen)
+    student.unet.conv_in.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match=r"conv_in: it has hooks \(forward_hooks\), which"):
+        to_integer(student)
 
 
 def test_it_goes_into_diffusers_pipeline(frozen):
@@ -288,6 +357,12 @@ def test_copies_and_pickles_are_the_same_model(frozen):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.core.isa == "portable"
         assert torch.equal(other(x, 499).sample, model(x, 499).sample)
+
+
+def test_a_pickle_runs_on_what_its_reader_has_unless_an_instruction_set_was_asked_for(frozen, monkeypatch):
+    pickled = pickle.dumps(to_integer(frozen))
+    monkeypatch.setenv(VARIABLE, "portable")
+    assert pickle.loads(pickled).core.isa == "portable"
 
 
 def test_libraries_of_other_sources_are_not_used(monkeypatch, capsys):
