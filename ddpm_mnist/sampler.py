@@ -19,6 +19,7 @@ from ddpm_mnist.noise import draw_noise, image_generators
 from ddpm_mnist.processes import share_out
 from ddpm_mnist.schedule import Schedule, house_schedule
 from ddpm_mnist.scheduler import check_eps_scale
+from quant.context import plain_torch
 
 # Seeds of images lie in 0…2^31 - 1; as many more, from there on, belong to training.
 SEED_LIMIT = 1 << 31
@@ -138,6 +139,7 @@ class Solver:
         InputError: diffusers' solver cannot do what the schedule says.
     """
 
+    @plain_torch()
     def __init__(self, config: SamplerConfig, schedule: Schedule | None = None):
         self.config = config
         self.schedule = schedule or house_schedule()
@@ -327,6 +329,7 @@ def batches(seed: int, count: int, batch_size: int) -> Iterator[range]:
         yield range(start, min(start + batch_size, seed + count))
 
 
+@plain_torch()
 def sample(
     denoiser: Denoiser,
     solver: Solver,

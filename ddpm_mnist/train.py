@@ -24,6 +24,7 @@ from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
 from ddpm_mnist.scheduler import check_eps_scale
 from ddpm_mnist.tracking import check_tracker
 from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
+from quant.context import plain_torch
 
 
 @dataclass
@@ -165,6 +166,8 @@ def restore_kept(saved: list[list[Tensor]], like: list[nn.Parameter], count: int
     return [[weight.to(at) for weight, at in zip(weights, like, strict=True)] for weights in saved]
 
 
+@plain_torch()
+@torch.enable_grad()
 def train_teacher(config: TeacherConfig) -> Path:
     """Train the teacher of `config` on its images, or go on where its folder left off.
 

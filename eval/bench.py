@@ -32,6 +32,7 @@ from eval.models import load_model
 from eval.plots import speed_chart, to_png
 from eval.runtimes import Runtimes, onnx_runtimes, torch_runtimes
 from quant import QuantConv2d, QuantizedUNet, to_integer
+from quant.context import plain_torch
 from quant.integer.core import VARIABLE, available, choose
 from quant.summary import summarise
 
@@ -86,6 +87,7 @@ class Row:
     """Growth of the process's resident memory at its peak during a step; None where the system does not tell."""
 
 
+@plain_torch()
 @by_main
 def benchmark(config: BenchConfig) -> list[Row]:
     """Time one denoising step of every runtime in turn, in one process, and write the figures.

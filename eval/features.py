@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ddpm_mnist import InputError, processes
 from ddpm_mnist.data import load_images
 from ddpm_mnist.files import read_json
+from quant.context import plain_torch
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Of the ruler's second network, in the folder of the first.
@@ -219,6 +220,7 @@ class Ruler:
         return extract(self.network, images, self.batch_size)
 
 
+@plain_torch()
 @cache
 def load_ruler(features: Path | str | None = None, reference: str | None = None) -> Ruler:
     """The ruler in a folder of `efficientdm features`, or the Inception network of torch-fidelity.

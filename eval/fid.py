@@ -20,6 +20,7 @@ from eval.models import Model, load_model
 from eval.sample import DrawConfig, draw
 from eval.table import drawn, floor_note, score_table
 from eval.train_features import classifier_accuracy, load_sets
+from quant.context import plain_torch
 
 
 @dataclass
@@ -83,6 +84,7 @@ def print_scores(scores: list[Score], floor: dict[str, Any] | None = None) -> No
     Console(width=None if sys.stdout.isatty() else 110, markup=False).print(table)
 
 
+@plain_torch()
 def print_fid(config: FidConfig) -> Score:
     """Score a model against a ruler's images, by default MNIST's, and against its teacher's from the same noise.
 

@@ -14,6 +14,7 @@ from eval.metrics import Sums, fid_of_sums
 from eval.models import Model, load_model
 from eval.plots import image_grid, to_png
 from eval.sample import DrawConfig, draw, stored_shape
+from quant.context import plain_torch
 
 
 @dataclass
@@ -88,6 +89,7 @@ def row_label(model: Model, fid: str) -> str:
     return "\n".join(line for line in (model.title, model.bits, fid) if line)
 
 
+@plain_torch()
 def draw_models(config: GridConfig) -> Path:
     """Draw one labelled row per model (name, bits, FID), the same noise in each column."""
     models = [load_model(argument, config.runtime) for argument in config.models]

@@ -16,6 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from ddpm_mnist import InputError
 from ddpm_mnist.processes import share_out
 from eval.features import Ruler, load_ruler
+from quant.context import plain_torch
 
 # torchmetrics warns that these metrics keep every feature: some ten thousand times 128 numbers.
 warnings.filterwarnings("ignore", message="Metric .* will save all extracted features in buffer")
@@ -400,6 +401,7 @@ OF_IMAGES = ("fid", "fid_second", "kid", "precision", "recall", "inception_score
 TO_TEACHER = ("same_digit", "mse_to_teacher", "fid_to_teacher")
 
 
+@plain_torch()
 def measure(images: Tensor, teacher_images: Tensor, ruler: Ruler | None = None) -> dict[str, Any]:
     """All that images say: the fields of `Score` from `fid` to `fid_to_teacher_interval`, and the digests.
 

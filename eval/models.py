@@ -21,6 +21,7 @@ from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
 from ddpm_mnist.unet import PRETRAINED
 from eval.table import bits_label
 from quant import IntegerUNet, QuantizedUNet, to_integer
+from quant.context import plain_torch
 from quant.structure import EMA_FIELDS, check_config, is_of_ema, try_out
 
 STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
@@ -127,6 +128,7 @@ def _named(argument: str) -> Iterator[None]:
         raise InputError(f'model "{argument}": {error}') from error
 
 
+@plain_torch()
 def load_model(argument: str, runtime: str = "simulated") -> Model:
     """Load a released model by its name, a run folder, a folder of diffusers (a pipeline's or a UNet's), or one of
     these on the Hugging Face hub by its name there.

@@ -24,6 +24,7 @@ from ddpm_mnist.runs import is_still_there, keep_mode, lock_file, prepare_output
 from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
 from eval.models import Model, check_runtime, load_model
 from quant import IntegerUNet
+from quant.context import plain_torch
 
 
 @dataclass
@@ -76,6 +77,7 @@ def stored_shape(model: Model) -> tuple[int, ...]:
     return (height, width) if channels == 1 else (height, width, channels)
 
 
+@plain_torch()
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     """The model's images uint8 (num_images, H, W) or (…, C) as `config` says, and the seconds that they took."""
     _tell_core(model)
@@ -91,6 +93,7 @@ def _tell_core(model: Model) -> None:
         print(f"{model.name} runs on integers: {model.denoiser.core.isa}")
 
 
+@plain_torch()
 def write_samples(config: SampleConfig) -> Path:
     """Draw images with a model, as an array (.npy) or a picture (.png).
 

@@ -30,6 +30,7 @@ from eval.features import (
     reference_statistics,
 )
 from eval.metrics import measure_alone
+from quant.context import plain_torch
 
 
 @dataclass
@@ -102,6 +103,8 @@ def fit(
     return network.eval()
 
 
+@plain_torch()
+@torch.enable_grad()
 @by_main
 def train_features(config: FeaturesConfig) -> Path:
     """Train both networks on the training images of `data`; the test images only measure, once, at the end.

@@ -14,6 +14,7 @@ from ddpm_mnist.runs import RunState, progress, restore_optimizer, update_genera
 from ddpm_mnist.sampler import Solver, to_float
 from finetune.trajectories import Trajectories
 from quant import QuantizedUNet
+from quant.context import plain_torch
 
 OBJECTIVES = ("rollout", "per-step", "per-step-in-order", "denoising")
 
@@ -230,6 +231,8 @@ def distill(
     fit(student, parameter_groups(student, config), loss, config, run)
 
 
+@plain_torch()
+@torch.enable_grad()
 def fit(
     student: QuantizedUNet,
     groups: list[dict[str, Any]],

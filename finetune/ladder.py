@@ -28,6 +28,7 @@ from eval.table import Row, markdown, summarise_scores
 from finetune.pipeline import RunConfig, check_student, distill_student, fingerprint, load_teacher
 from finetune.trajectories import MAX_SEED, make_trajectories
 from quant import QuantizedUNet
+from quant.context import plain_torch
 
 Changes = dict[str, Any]
 NO_TRAINING: Changes = {"distill.num_updates": 0}
@@ -183,6 +184,7 @@ class LadderConfig:
         return range(self.seeds if RUNGS[name].repeated else 1)
 
 
+@plain_torch()
 def climb(config: LadderConfig) -> Path:
     """Run the rungs, each into a folder of its own, and write one table and the pictures of all.
 

@@ -28,6 +28,7 @@ from finetune.baselines import published_distill, published_start
 from finetune.distill import DistillConfig, distill
 from finetune.trajectories import MAX_SEED, NOISES, Trajectories, make_trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
+from quant.context import plain_torch
 from quant.integer.core import choose
 from quant.integer.program import refuse_unsupported
 from quant.structure import check_structure
@@ -138,6 +139,7 @@ def load_teacher(argument: str) -> Model:
     return teacher
 
 
+@plain_torch()
 def distill_student(config: RunConfig, announce: Callable[[RunConfig, Model, int], None] = lambda *_: None) -> Made:
     """Make a student: sample the teacher's trajectories from noise, calibrate, distil.
 
@@ -243,6 +245,7 @@ def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict
     return {t: buffer.x[:count, step] for step, t in enumerate(solver.timesteps.tolist())}
 
 
+@plain_torch()
 def run(config: RunConfig) -> Path:
     """The main job: trajectories from noise → calibration → distillation → scores → grid → report.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddpm_mnist.processes import share_out
 from ddpm_mnist.sampler import SEED_LIMIT, Denoiser, Solver, batches, choose_labels, denoise
+from quant.context import plain_torch
 
 # Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31; from there on each buffer has a
 # range of its own.
@@ -39,6 +40,7 @@ def first_noise(seed: int) -> int:
     return SEED_LIMIT + seed * NOISES
 
 
+@plain_torch()
 def make_trajectories(
     teacher: Denoiser,
     solver: Solver,

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import os
 
@@ -53,6 +54,22 @@ def buffer(made_once):
 def student(made_once):
     """A calibrated W4A4 copy of `unet`."""
     return copy.deepcopy(made_once.student)
+
+
+@pytest.fixture
+def strange_surroundings():
+    """A context with other defaults than torch's, autocast and inference mode."""
+
+    @contextlib.contextmanager
+    def strange():
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return strange
 
 
 @pytest.fixture

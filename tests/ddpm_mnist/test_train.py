@@ -25,6 +25,8 @@ from ddpm_mnist.train import (
 )
 from ddpm_mnist.unet import UNetConfig, load_teacher, make_noise_schedule, make_unet
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
 RUN = """
 import os, signal, sys
 from pathlib import Path
@@ -164,6 +166,15 @@ def test_the_network_takes_channels_and_size_from_the_data(shape, channels, size
     assert picture.shape == (8 * (height + 2) + 2, 8 * (width + 2) + 2, 3)
     assert (picture == picture[..., :1]).all() == (channels == 1), "a grey picture has equal channels, and no other"
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"] == data
+
+
+def test_the_surroundings_have_no_influence(tmp_path, strange_surroundings):
+    data = save_images(tmp_path / "a.npy", 4, 12, 12)
+    train_teacher(tiny(tmp_path / "plain", data=data))
+    with strange_surroundings():
+        train_teacher(tiny(tmp_path / "strange", data=data))
+    ours, theirs = (load_file(tmp_path / f / "unet" / WEIGHTS) for f in ("plain", "strange"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

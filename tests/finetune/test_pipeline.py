@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import io
 import json
@@ -106,6 +107,19 @@ def test_the_saved_config_makes_the_same_student(config_path, tmp_path):
     run_command("prog", run, RunConfig, ["--config", str(tmp_path / "run" / "config.yaml"), "--output", again])
     first, second = (load_model(folder).denoiser.state_dict() for folder in (str(tmp_path / "run"), again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_surroundings_have_no_influence(config_path, tmp_path, strange_surroundings):
+    options = yaml.safe_load(config_path.read_text())
+    made = []
+    for name, surroundings in (("plain", contextlib.nullcontext), ("strange", strange_surroundings)):
+        words = [f"--{key}={json.dumps(value)}" for key, value in options.items() if key not in ("output", "teacher")]
+        words += ["--teacher", options["teacher"], "--output", str(tmp_path / name)]
+        with surroundings():
+            run_command("prog", run, RunConfig, words)
+        scores = json.loads((tmp_path / name / "metrics.json").read_text())
+        made.append([(tmp_path / name / "model.safetensors").read_bytes(), [{**s, "seconds": 0} for s in scores]])
+    assert made[0] == made[1]
 
 
 def test_without_updates_the_student_is_the_calibrated_one(config_path, tmp_path):
