@@ -109,10 +109,10 @@ _locks: dict[Path, BinaryIO] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep other processes out of `folder`, which exists, until `unlock_folder` or until this one ends; clear away what
-    a killed one left half-written.
+    """Lock `folder`, which exists, until `unlock_folder` or until this process ends; delete what a killed process left
+    half-written.
 
-    The lock is the system's, on the file `.lock`, which stays. Windows and file systems without locks have none.
+    The lock is the system's, on the file `.lock`. Windows and file systems without locks have none.
     Of several processes that one job was launched as, the main one holds it.
 
     Raises:
@@ -125,13 +125,18 @@ def _lock_folder(folder: Path) -> None:
     path = folder.resolve() / ".lock"
     if path in _locks:
         return
-    file = path.open("ab+", buffering=0)
-    try:
-        locked = lock_file(file)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read(20).decode(errors="replace")
-        raise InputError(f"process {owner} is writing into {folder}: wait for it, or choose another folder") from error
+    while True:
+        file = path.open("ab+", buffering=0)
+        try:
+            locked = lock_file(file)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read(20).decode(errors="replace")
+            message = f"process {owner} is writing into {folder}: wait for it, or choose another folder"
+            raise InputError(message) from error
+        if is_still_there(file, path):
+            break
+        file.close()  # another process deleted it between the two lines, as it unlocked the folder
     if locked:
         file.truncate(0)
         file.write(str(os.getpid()).encode())
@@ -187,8 +192,11 @@ def require_folder(path: Path) -> None:
 
 
 def unlock_folder(folder: Path) -> None:
-    """Let other processes into `folder` again, if this one has locked it."""
-    if file := _locks.pop(folder.resolve() / ".lock", None):
+    """Unlock `folder`, if this process has locked it, and delete its `.lock`."""
+    path = folder.resolve() / ".lock"
+    if file := _locks.pop(path, None):
+        if is_still_there(file, path):
+            path.unlink()
         file.close()
 
 

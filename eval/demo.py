@@ -52,8 +52,6 @@ class DemoConfig(SamplerConfig):
         self.students = list(dict.fromkeys(self.students))
         if not 1 <= self.columns <= 50:
             raise ValueError(f"columns must lie in 1…50, not {self.columns}")
-        if not self.host:
-            raise ValueError("host must not be empty: 127.0.0.1 is this machine")
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port must lie in 0…65535, not {self.port}")
         self.drawing(self.seed)  # validates seed and runtime

@@ -220,8 +220,8 @@ class Ruler:
         return extract(self.network, images, self.batch_size)
 
 
-@plain_torch()
 @cache
+@plain_torch()
 def load_ruler(features: Path | str | None = None, reference: str | None = None) -> Ruler:
     """The ruler in a folder of `efficientdm features`, or the Inception network of torch-fidelity.
 

@@ -128,6 +128,7 @@ def test_a_run_that_is_finished_leaves_its_folder_to_others(tmp_path):
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         run.finish()
+        assert not (tmp_path / ".lock").exists()
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -161,7 +162,7 @@ def test_the_names_of_half_written_files_are_those_that_are_taken_away(tmp_path,
         write_bytes(tmp_path / "x.json", b"{}")
     assert len(list((tmp_path / "copy").iterdir())) == 1
     RunState(tmp_path / "copy", {}).finish()
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [".lock", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["log.jsonl"]
 
 
 def test_a_folder_that_was_taken_away_is_refused_once_and_may_then_be_made_anew(tmp_path):

@@ -152,7 +152,8 @@ def fork(number: int, job, folder: Path) -> list[int]:
 def main() -> None:
     command.SECONDS_TO_SPEAK = 0
     torch.manual_seed(0)
-    save_teacher(make_unet(TINY), Path(TEACHER))
+    with processes.alone():  # joining the processes is left to the children
+        save_teacher(make_unet(TINY), Path(TEACHER))
     np.save(ROOT / "images.npy", np.random.default_rng(0).integers(0, 256, (9, 28, 28), np.uint8))
     codes = {}
     for job in (share, teach, distill, denoise, climb):
