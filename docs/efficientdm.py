@@ -2,12 +2,12 @@
 
     python docs/efficientdm.py        # about four minutes on two cores; writes efficientdm.png
 
-The teacher is a small DDPM that draws MNIST digits. Its own denoising of noise is the training set. The student has 4-bit
-weights and activations and learns to answer as the teacher does. The script prints in how many images a classifier sees
-the digit that it sees in the teacher's image of the same noise, before and after distillation.
+The teacher is a small DDPM that draws MNIST digits. Its own denoising of noise is the training set. The student has
+4-bit weights and activations and learns to answer as the teacher does. The script prints in how many images a
+classifier sees the digit that it sees in the teacher's image of the same noise, before and after distillation.
 
-Each part stands under its equation in the paper. The package `quant` has these parts for any UNet of diffusers, adds bias
-correction and other bit-widths, and runs the student on integers; `finetune` adds a loss over several denoising steps.
+Each part stands under its equation in the paper. The package `quant` has these parts for any UNet of diffusers, adds
+bias correction and other bit-widths, and runs the student on integers; `finetune` adds a loss over several steps.
 """
 
 import argparse
@@ -85,7 +85,6 @@ def best_act_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 class Clock:
     """What all layers need to know: the denoising step of each sample of the batch, `step` (N,)."""
 
-    step: Tensor
     is_calibrating = False
 
 
@@ -178,6 +177,7 @@ def distillation_loss(student: nn.Module, x: Tensor, t: Tensor, answer: Tensor) 
 # 6. Scale-aware optimisation (eq. 8): the update of B·A is kept in proportion to the layer's mean step size s_w. Adam
 #    cancels a factor on the gradient, so the factor is on the learning rate of each layer.
 def parameter_groups(student: Student) -> list[dict]:
+    """Give each layer's parameters their peak learning rates."""
     groups = []
     for layer in student.layers():
         s_w, s_x = layer.s_w.mean().item(), layer.s_x.mean().item()
@@ -220,13 +220,13 @@ def digits(images: Tensor) -> Tensor:
 
 
 def main(bits: int, num_steps: int, trajectories: int, updates: int, images: int, output: Path) -> None:
+    """Run all of it and print the shares of same digits."""
     start = time.monotonic()
     torch.manual_seed(0)
     teacher = UNet2DModel.from_pretrained(TEACHER, subfolder="unet").eval()
     states, answers, timesteps = denoise(teacher, torch.randn(trajectories, 1, 28, 28), num_steps)
     student = Student(teacher, timesteps, bits)
     student.calibrate(states[:64])
-
     noise = torch.randn(images, 1, 28, 28)  # not the noise of the training set
     before = denoise(student, noise, num_steps)[0][:, -1]
     distil(student, states, answers, updates)
