@@ -7,7 +7,7 @@ imported, and says so.
 import inspect
 from typing import Any
 
-from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 
 # diffusers' pipelines ask a component's module for the base class that tells how to load it.
@@ -52,3 +52,14 @@ class EpsilonScalingScheduler(DPMSolverMultistepScheduler):
     def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         """diffusers' own step, from ε times the factor."""
         return super().step(self.config.eps_scale * model_output, *args, **kwargs)
+
+
+def make_noise_schedule() -> DDPMScheduler:
+    """The forward process of DDPM (arXiv 2006.11239, section 4): 1000 steps, β linear from 1e-4 to 0.02."""
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+
+
+def make_sampling_scheduler(eps_scale: float = 1.0) -> EpsilonScalingScheduler:
+    """DPM-Solver++ over that forward process, steps from the last timestep down ("trailing"), x0 clipped to [-1, 1]."""
+    options = {"dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0, "timestep_spacing": "trailing"}
+    return EpsilonScalingScheduler(eps_scale, beta_schedule="linear", thresholding=True, **options)

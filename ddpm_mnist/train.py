@@ -15,15 +15,19 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from ddpm_mnist import InputError, processes
-from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
+from ddpm_mnist.lab import InputError, processes
+from ddpm_mnist.lab.config_file import save_config
+from ddpm_mnist.lab.locks import require_folder
+from ddpm_mnist.lab.run_state import RunState, restore_optimizer, update_generator
+from ddpm_mnist.lab.terminal import progress
+from ddpm_mnist.lab.tracking import check_tracker
+from ddpm_mnist.lab.write import write_bytes
 from ddpm_mnist.muon import Muon
-from ddpm_mnist.runs import RunState, progress, require_folder, restore_optimizer, update_generator, write_bytes
-from ddpm_mnist.sampler import SamplerConfig, Solver, sample, to_float
-from ddpm_mnist.scheduler import check_eps_scale
-from ddpm_mnist.tracking import check_tracker
-from ddpm_mnist.unet import UNetConfig, make_noise_schedule, make_unet, save_teacher
+from ddpm_mnist.sampling.sampler import sample, to_float
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
+from ddpm_mnist.scheduler import check_eps_scale, make_noise_schedule
+from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from quant.context import plain_torch
 
 

@@ -1,15 +1,16 @@
-"""The teacher's network: configuration → diffusers `UNet2DModel`, and its folder on disk."""
+"""The teacher's network: a UNet2DModel of diffusers from a config, and its folder on disk."""
 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from safetensors import SafetensorError
 
-from ddpm_mnist import InputError
-from ddpm_mnist.runs import HALF, write_bytes
-from ddpm_mnist.scheduler import EpsilonScalingScheduler
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.locks import HALF
+from ddpm_mnist.lab.write import write_bytes
+from ddpm_mnist.scheduler import make_sampling_scheduler
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -71,17 +72,6 @@ def make_unet(config: UNetConfig, channels: int = 1, size: int | tuple[int, int]
         down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
     )
-
-
-def make_noise_schedule() -> DDPMScheduler:
-    """The forward process of DDPM (arXiv 2006.11239, section 4): 1000 steps, β linear from 1e-4 to 0.02."""
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-
-
-def make_sampling_scheduler(eps_scale: float = 1.0) -> EpsilonScalingScheduler:
-    """DPM-Solver++ over that forward process, steps from the last timestep down ("trailing"), x0 clipped to [-1, 1]."""
-    options = {"dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0, "timestep_spacing": "trailing"}
-    return EpsilonScalingScheduler(eps_scale, beta_schedule="linear", thresholding=True, **options)
 
 
 def save_teacher(unet: UNet2DModel, folder: Path, eps_scale: float = 1.0) -> None:

@@ -22,11 +22,13 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
-from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import prepare_output, progress, write_bytes, write_json, write_text
-from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.processes import by_main
+from ddpm_mnist.lab.terminal import progress
+from ddpm_mnist.lab.write import prepare_output, write_bytes, write_json, write_text
+from ddpm_mnist.sampling.sampler import choose_labels, image_shape
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.memory import peak_memory
 from eval.models import load_model
 from eval.plots import speed_chart, to_png

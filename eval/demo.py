@@ -18,8 +18,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ddpm_mnist import InputError
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, denoise, to_uint8
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.sampling.sampler import SEED_LIMIT, denoise, to_uint8
+from ddpm_mnist.sampling.solver import SamplerConfig
 from eval.features import load_ruler
 from eval.models import STUDENTS, Model, load_model
 from eval.sample import DrawConfig

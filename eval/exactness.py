@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
-from ddpm_mnist.sampler import SamplerConfig, choose_labels, denoise
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.sampling.sampler import choose_labels, denoise
+from ddpm_mnist.sampling.solver import SamplerConfig
 from eval.models import load_model
 from eval.sample import DrawConfig
 from quant import IntegerUNet, QuantizedUNet, to_integer

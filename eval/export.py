@@ -5,10 +5,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
-from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import holds_model, lock_folder, prepare_output, progress, unlock_folder, write_json
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.locks import lock_folder, unlock_folder
+from ddpm_mnist.lab.processes import by_main
+from ddpm_mnist.lab.terminal import progress
+from ddpm_mnist.lab.write import holds_model, prepare_output, write_json
 from eval.models import Model, load_model
 from quant import QuantizedUNet
 from quant.export import export_onnx

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_mnist import InputError, processes
 from ddpm_mnist.data import load_images
-from ddpm_mnist.files import read_json
+from ddpm_mnist.lab import InputError, processes
+from ddpm_mnist.lab.read import read_json
 from quant.context import plain_torch
 
 PRETRAINED = Path(__file__).parent / "pretrained"

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
-from ddpm_mnist.processes import from_main, share_out
-from ddpm_mnist.runs import prepare_output, write_json
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.processes import from_main, share_out
+from ddpm_mnist.lab.write import prepare_output, write_json
 from eval.features import Ruler, load_ruler
 from eval.metrics import Score, measure
 from eval.models import Model, load_model

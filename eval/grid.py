@@ -4,11 +4,11 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
-from ddpm_mnist.files import read_json
-from ddpm_mnist.runs import prepare_output, write_bytes
-from ddpm_mnist.sampler import SamplerConfig
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.read import read_json
+from ddpm_mnist.lab.write import prepare_output, write_bytes
+from ddpm_mnist.sampling.solver import SamplerConfig
 from eval.features import load_ruler
 from eval.metrics import Sums, fid_of_sums
 from eval.models import Model, load_model

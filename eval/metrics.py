@@ -13,8 +13,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ddpm_mnist import InputError
-from ddpm_mnist.processes import share_out
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.processes import share_out
 from eval.features import Ruler, load_ruler
 from quant.context import plain_torch
 

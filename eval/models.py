@@ -14,10 +14,11 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from ddpm_mnist import InputError, processes
-from ddpm_mnist.files import read_json
-from ddpm_mnist.sampler import SamplerConfig, Solver, choose_labels, image_shape
-from ddpm_mnist.schedule import Schedule, house_schedule, read_schedule
+from ddpm_mnist.lab import InputError, processes
+from ddpm_mnist.lab.read import read_json
+from ddpm_mnist.sampling.noise_schedule import Schedule, house_schedule, read_schedule
+from ddpm_mnist.sampling.sampler import choose_labels, image_shape
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from ddpm_mnist.unet import PRETRAINED
 from eval.table import bits_label
 from quant import IntegerUNet, QuantizedUNet, to_integer

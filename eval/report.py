@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from ddpm_mnist.runs import write_text
+from ddpm_mnist.lab.write import write_text
 from eval.metrics import Score
 from eval.plots import to_png
 from eval.table import drawn, floor_note, score_table

@@ -12,7 +12,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ddpm_mnist.sampler import Solver, choose_labels, denoise
+from ddpm_mnist.sampling.sampler import choose_labels, denoise
+from ddpm_mnist.sampling.solver import Solver
 from quant import QuantizedUNet, to_integer
 from quant.export import export_onnx
 

@@ -17,11 +17,14 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ddpm_mnist import InputError
-from ddpm_mnist.noise import STREAM
-from ddpm_mnist.processes import count, from_main
-from ddpm_mnist.runs import is_still_there, keep_mode, lock_file, prepare_output, progress, write_bytes
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, sample
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.locks import is_still_there, lock_file
+from ddpm_mnist.lab.processes import count, from_main
+from ddpm_mnist.lab.terminal import progress
+from ddpm_mnist.lab.write import keep_mode, prepare_output, write_bytes
+from ddpm_mnist.sampling.noise import STREAM
+from ddpm_mnist.sampling.sampler import SEED_LIMIT, sample
+from ddpm_mnist.sampling.solver import SamplerConfig
 from eval.models import Model, check_runtime, load_model
 from quant import IntegerUNet
 from quant.context import plain_torch

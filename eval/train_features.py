@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import save_config
-from ddpm_mnist.data import LABELLED, load_labelled
-from ddpm_mnist.processes import by_main
-from ddpm_mnist.runs import lock_folder, prepare_output, progress, write_bytes, write_json
+from ddpm_mnist.datasets import LABELLED, load_labelled
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.config_file import save_config
+from ddpm_mnist.lab.locks import lock_folder
+from ddpm_mnist.lab.processes import by_main
+from ddpm_mnist.lab.terminal import progress
+from ddpm_mnist.lab.write import prepare_output, write_bytes, write_json
 from eval.features import (
     SECOND_FOLDER,
     FeatureNetwork,

@@ -16,8 +16,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ddpm_mnist.runs import RunState
-from ddpm_mnist.sampler import Solver
+from ddpm_mnist.lab.run_state import RunState
+from ddpm_mnist.sampling.solver import Solver
 from finetune.distill import DistillConfig, distillation_loss, fit, parameter_groups
 from finetune.trajectories import Trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, quantize

@@ -96,7 +96,7 @@ def start(name: str, prog: str, arguments: list[str]) -> None:
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
     command = COMMANDS[name]
-    from ddpm_mnist.command import one_line_errors, run_command
+    from ddpm_mnist.lab.command import one_line_errors, run_command
 
     with one_line_errors(prog):
         module = importlib.import_module(command.module)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_mnist import processes
-from ddpm_mnist.runs import RunState, progress, restore_optimizer, update_generator
-from ddpm_mnist.sampler import Solver, to_float
+from ddpm_mnist.lab import processes
+from ddpm_mnist.lab.run_state import RunState, restore_optimizer, update_generator
+from ddpm_mnist.lab.terminal import progress
+from ddpm_mnist.sampling.sampler import to_float
+from ddpm_mnist.sampling.solver import Solver
 from finetune.trajectories import Trajectories
 from quant import QuantizedUNet
 from quant.context import plain_torch

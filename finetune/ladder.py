@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddpm_mnist import InputError, processes
-from ddpm_mnist.files import read_json, read_state
-from ddpm_mnist.runs import RunState, lock_folder, prepare_output, write_bytes, write_json, write_text
-from ddpm_mnist.sampler import to_uint8
+from ddpm_mnist.lab import InputError, processes
+from ddpm_mnist.lab.locks import lock_folder
+from ddpm_mnist.lab.read import read_json, read_state
+from ddpm_mnist.lab.run_state import RunState
+from ddpm_mnist.lab.write import prepare_output, write_bytes, write_json, write_text
+from ddpm_mnist.sampling.sampler import to_uint8
 from eval import plots
 from eval.features import Ruler, load_ruler
 from eval.fid import score_images

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
-from ddpm_mnist import InputError, processes
-from ddpm_mnist.command import save_config
 from ddpm_mnist.data import load_images
-from ddpm_mnist.noise import STREAM
-from ddpm_mnist.runs import RunState, progress, read_log, span, write_bytes, write_json
-from ddpm_mnist.sampler import SEED_LIMIT, SamplerConfig, Solver, choose_labels, to_float
-from ddpm_mnist.tracking import check_tracker
+from ddpm_mnist.lab import InputError, processes
+from ddpm_mnist.lab.config_file import save_config
+from ddpm_mnist.lab.run_state import RunState, read_log
+from ddpm_mnist.lab.terminal import progress, span
+from ddpm_mnist.lab.tracking import check_tracker
+from ddpm_mnist.lab.write import write_bytes, write_json
+from ddpm_mnist.sampling.noise import STREAM
+from ddpm_mnist.sampling.sampler import SEED_LIMIT, choose_labels, to_float
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.features import load_ruler
 from eval.fid import print_scores, score_images
 from eval.grid import fid_label, row_label

@@ -13,9 +13,9 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 
-from ddpm_mnist.command import run_command
-from ddpm_mnist.sampler import SamplerConfig, Solver
-from ddpm_mnist.unet import make_noise_schedule
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
+from ddpm_mnist.scheduler import make_noise_schedule
 from eval.memory import peak_memory
 from eval.models import load_model
 from finetune.distill import DistillConfig, distillation_loss, parameter_groups

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_mnist.processes import share_out
-from ddpm_mnist.sampler import SEED_LIMIT, Denoiser, Solver, batches, choose_labels, denoise
+from ddpm_mnist.lab.processes import share_out
+from ddpm_mnist.sampling.sampler import SEED_LIMIT, batches, choose_labels, denoise
+from ddpm_mnist.sampling.solver import Denoiser, Solver
 from quant.context import plain_torch
 
 # Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31; from there on each buffer has a

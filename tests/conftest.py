@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpm_mnist.command import run_command
-from ddpm_mnist.sampler import SamplerConfig, Solver
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, quantize

@@ -5,7 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from ddpm_mnist.sampler import SamplerConfig, Solver, sample
+from ddpm_mnist.sampling.sampler import sample
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.models import load_model
 from quant import to_integer
 from quant.integer.core import ISAS, available

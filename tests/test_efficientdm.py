@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from ddpm_mnist.sampler import SamplerConfig, Solver
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.models import load_model
 from finetune.distill import per_step_loss
 from finetune.trajectories import Trajectories

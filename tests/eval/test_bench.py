@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 import torch
 
-from ddpm_mnist.command import run_command
+from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.unet import PRETRAINED, save_teacher
 from eval import bench
 from eval.export import ExportConfig, export

@@ -7,9 +7,9 @@ import urllib.request
 import pytest
 import torch
 
-from ddpm_mnist import InputError
-from ddpm_mnist.noise import draw_noise, image_generators
-from ddpm_mnist.sampler import to_uint8
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.sampling.noise import draw_noise, image_generators
+from ddpm_mnist.sampling.sampler import to_uint8
 from ddpm_mnist.unet import save_teacher
 from eval.demo import DemoConfig, Player, film, launch, make_page, rows, serve
 from eval.metrics import measure

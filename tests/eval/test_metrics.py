@@ -16,7 +16,7 @@ from torch import nn
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ddpm_mnist import InputError
+from ddpm_mnist.lab import InputError
 from eval import features as features_module
 from eval import metrics
 from eval import train_features as training

@@ -11,9 +11,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from ddpm_mnist.command import run_command
-from ddpm_mnist.noise import draw_noise, image_generators
-from ddpm_mnist.sampler import LARGEST_TIME, SamplerConfig, Solver, choose_labels, denoise
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.sampling.noise import draw_noise, image_generators
+from ddpm_mnist.sampling.sampler import LARGEST_TIME, choose_labels, denoise
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.export import ExportConfig, export
 from eval.fid import FidConfig, print_fid
 from eval.grid import GridConfig, draw_models

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import lock_file
-from ddpm_mnist.sampler import sample
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.locks import lock_file
+from ddpm_mnist.sampling.sampler import sample
 from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import save_teacher
 from eval.export import ExportConfig, export
@@ -342,7 +342,8 @@ def test_a_damaged_student_gets_one_line(student_folder, damage, tmp_path, capsy
 
 
 def test_the_released_teacher_draws_digits():
-    from ddpm_mnist.sampler import SamplerConfig, Solver, sample
+    from ddpm_mnist.sampling.sampler import sample
+    from ddpm_mnist.sampling.solver import SamplerConfig, Solver
     from eval.metrics import measure
 
     images = sample(load_model("teacher").denoiser, Solver(SamplerConfig()), num_images=128)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ddpm_mnist.runs import RunState, read_log
-from ddpm_mnist.sampler import SamplerConfig, Solver
+from ddpm_mnist.lab.run_state import RunState, read_log
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from finetune import baselines
 from finetune.baselines import published_distill, published_start
 from finetune.distill import DistillConfig, denoising_loss, distill, draw_batch, parameter_groups

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpm_mnist.runs import RunState
-from ddpm_mnist.sampler import SamplerConfig, Solver
+from ddpm_mnist.lab.run_state import RunState
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from finetune.distill import (
     DistillConfig,
     cosine_decay,
@@ -74,8 +74,8 @@ def test_a_quantized_student_has_a_loss_and_longer_rollouts_have_more(student, s
 
 
 def test_the_buffers_noise_is_never_scored(unet, solver):
-    from ddpm_mnist.noise import draw_noise, image_generators
-    from ddpm_mnist.sampler import SEED_LIMIT
+    from ddpm_mnist.sampling.noise import draw_noise, image_generators
+    from ddpm_mnist.sampling.sampler import SEED_LIMIT
 
     scored = draw_noise(image_generators(range(8)), (1, 28, 28))
     starts = [make_trajectories(unet, solver, count=8, seed=seed).x[:, 0] for seed in (0, 1)]
@@ -204,10 +204,10 @@ def test_the_schedule_rises_and_falls_along_a_cosine():
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from ddpm_mnist.runs import RunState
+from ddpm_mnist.lab.run_state import RunState
 from finetune.distill import DistillConfig
 from finetune.pipeline import RunConfig, distill_student
-from ddpm_mnist.sampler import SamplerConfig
+from ddpm_mnist.sampling.solver import SamplerConfig
 from quant import QuantConfig
 
 teacher, folder, killed_at = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ddpm_mnist.command import run_command
+from ddpm_mnist.lab.command import run_command
 from eval import plots
 from eval.table import Row, summarise_scores
 from finetune.ladder import RUNGS, LadderConfig, climb, rung_config

@@ -10,11 +10,11 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import read_log
-from ddpm_mnist.sampler import SamplerConfig
-from ddpm_mnist.schedule import read_schedule
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.run_state import read_log
+from ddpm_mnist.sampling.noise_schedule import read_schedule
+from ddpm_mnist.sampling.solver import SamplerConfig
 from ddpm_mnist.unet import save_teacher
 from eval.export import ExportConfig, export
 from eval.models import load_model
@@ -273,7 +273,7 @@ def test_a_run_that_is_interrupted_says_so_and_goes_on(config_path, tmp_path, mo
             "finetune.pipeline.make_trajectories",
             "finetune.pipeline.calibrate",
             "finetune.distill.keep_step_sizes_positive",
-            "ddpm_mnist.runs.torch.save",
+            "ddpm_mnist.lab.run_state.torch.save",
             "finetune.pipeline.draw",
             "finetune.pipeline.score_images",
             "finetune.pipeline.write_report",

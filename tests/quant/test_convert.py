@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler
-from ddpm_mnist.schedule import house_schedule
+from ddpm_mnist.sampling.noise_schedule import house_schedule
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
 from eval.models import load_model
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, QuantLayer, calibrate, freeze, quantize

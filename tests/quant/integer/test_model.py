@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from ddpm_mnist.sampler import SamplerConfig, Solver, make_scheduler, sample
-from ddpm_mnist.schedule import house_schedule
+from ddpm_mnist.sampling.noise_schedule import house_schedule
+from ddpm_mnist.sampling.sampler import sample
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
 from eval.exactness import flipped_shares
 from quant import to_integer
 from quant.integer import core as core_module

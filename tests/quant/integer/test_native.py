@@ -15,7 +15,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from ddpm_mnist.sampler import SamplerConfig, Solver, denoise
+from ddpm_mnist.sampling.sampler import denoise
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.models import load_model
 from quant import QuantConfig, calibrate, convert, freeze, quantize, to_integer
 from quant.integer.core import Line, available

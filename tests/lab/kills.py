@@ -1,6 +1,6 @@
 """`kill -9` at random moments of a job, then the same command: the same bytes as an uninterrupted one?
 
-`python tests/files/kills.py --kills 30 teacher run ladder` kills each as often as you like, three times of five at a
+`python tests/lab/kills.py --kills 30 teacher run ladder` kills each as often as you like, three times of five at a
 random moment and twice in the midst of a write, and prints what became of it; exit code 1 if any folder differs.
 """
 
@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads do not survive a fo
 import numpy as np
 import torch
 
-from ddpm_mnist.command import run_command
+from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from eval.features import load_ruler

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_mnist import InputError
-from ddpm_mnist.exact import Array, cosine
-from ddpm_mnist.scheduler import EpsilonScalingScheduler
-from ddpm_mnist.unet import make_sampling_scheduler
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.sampling.exact import Array, cosine
+from ddpm_mnist.scheduler import EpsilonScalingScheduler, make_sampling_scheduler
 
 # The schedulers of diffusers for that noise schedule; those of other processes (VE, EDM, flows) say something else.
 CLASSES = (

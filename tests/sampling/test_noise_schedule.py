@@ -11,11 +11,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from ddpm_mnist import InputError, schedule
-from ddpm_mnist.exact import cosine
-from ddpm_mnist.noise import draw_noise, image_generators
-from ddpm_mnist.sampler import SamplerConfig, Solver, denoise, to_uint8
-from ddpm_mnist.schedule import read_schedule
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.sampling import noise_schedule as schedule
+from ddpm_mnist.sampling.exact import cosine
+from ddpm_mnist.sampling.noise import draw_noise, image_generators
+from ddpm_mnist.sampling.noise_schedule import read_schedule
+from ddpm_mnist.sampling.sampler import denoise, to_uint8
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 
 NUM_STEPS = 10
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from ddpm_mnist.noise import draw_noise, image_generators, log, normal_quantile
+from ddpm_mnist.sampling.noise import draw_noise, image_generators, log, normal_quantile
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 A mutant must be refused in one line (`InputError`, or exit code 2 with one line on stderr), or be read because what it
 says is still right; nothing else may come of it: no other exception, no crash, no code of its own, and not more than
 twice the memory that the honest file takes. test_files.py beside this one tries a few hundred; `python
-tests/files/mutants.py --count 20000` tries as many as you like, in processes of their own, and prints what became of
+tests/lab/mutants.py --count 20000` tries as many as you like, in processes of their own, and prints what became of
 them.
 """
 
@@ -37,11 +37,12 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from ddpm_mnist import InputError
-from ddpm_mnist.command import run_command
 from ddpm_mnist.data import load_images
-from ddpm_mnist.runs import RunState, read_log
-from ddpm_mnist.sampler import SamplerConfig, Solver, sample
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.run_state import RunState, read_log
+from ddpm_mnist.sampling.sampler import sample
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from eval import features

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_mnist import InputError, one_line
-from ddpm_mnist.files import parse_json, read_json, read_state
+from ddpm_mnist.lab import InputError, one_line
+from ddpm_mnist.lab.read import parse_json, read_json, read_state
 
 MUTANTS = Path(__file__).parent / "mutants.py"
 

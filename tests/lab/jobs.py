@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 import finetune.ladder
-from ddpm_mnist import InputError, command, processes
-from ddpm_mnist.command import run_command
-from ddpm_mnist.runs import RunState
-from ddpm_mnist.sampler import SamplerConfig, sample
+from ddpm_mnist.lab import command
+from ddpm_mnist.lab import InputError, processes
+from ddpm_mnist.lab.command import run_command
+from ddpm_mnist.lab.run_state import RunState
+from ddpm_mnist.sampling.sampler import sample
+from ddpm_mnist.sampling.solver import SamplerConfig
 from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from eval.features import load_ruler

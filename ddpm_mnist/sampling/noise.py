@@ -2,7 +2,7 @@
 
 Those of torch and NumPy are not: they pass through vectorised or library functions whose last bits differ from one
 machine to the next. Here the words of Philox, whole numbers, go through the inverse of the normal distribution, in
-nothing but exact operations (`ddpm_mnist.exact`).
+nothing but exact operations (`ddpm_mnist.sampling.exact`).
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_mnist.exact import Array, log
+from ddpm_mnist.sampling.exact import Array, log
 
 # What is kept of an image or a student names it: one that was made from other noise is not mixed with new ones.
 STREAM = "Philox4x64-10, AS 241"

@@ -9,17 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ddpm_mnist import InputError, runs
-from ddpm_mnist.runs import (
-    RunState,
-    lock_file,
-    lock_folder,
-    prepare_output,
-    progress,
-    span,
-    write_bytes,
-    write_text,
-)
+from ddpm_mnist.lab import terminal as terminal_module
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab.locks import lock_file, lock_folder
+from ddpm_mnist.lab.run_state import RunState
+from ddpm_mnist.lab.terminal import progress, span
+from ddpm_mnist.lab.write import prepare_output, write_bytes, write_text
 from ddpm_mnist.unet import save_teacher
 
 
@@ -69,7 +64,7 @@ def test_a_job_that_fails_has_no_last_line(capsys):
 
 def test_in_a_terminal_progress_is_a_bar(monkeypatch, capsys):
     terminal = partial(Console, force_terminal=True, width=120)
-    monkeypatch.setattr(runs, "Console", terminal)
+    monkeypatch.setattr(terminal_module, "Console", terminal)
     monkeypatch.setattr("rich.progress.get_console", lambda: terminal())
     with progress("distilling", 10) as advance:
         advance(10, "loss 0.5")

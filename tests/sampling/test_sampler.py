@@ -5,11 +5,12 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DPMSolverMultistepScheduler
 
-from ddpm_mnist import InputError
-from ddpm_mnist.noise import draw_noise, image_generators
-from ddpm_mnist.sampler import SamplerConfig, Solver, batches, denoise, make_scheduler, sample, to_uint8
-from ddpm_mnist.schedule import house_schedule
-from ddpm_mnist.unet import make_noise_schedule
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.sampling.noise import draw_noise, image_generators
+from ddpm_mnist.sampling.noise_schedule import house_schedule
+from ddpm_mnist.sampling.sampler import batches, denoise, sample, to_uint8
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
+from ddpm_mnist.scheduler import make_noise_schedule
 
 SOLVERS = [("ddim", 0.0), ("ddim", 1.0), ("dpm++", 0.0)]
 

@@ -115,7 +115,7 @@ def test_accelerate_starts_as_many_processes_on_cpus_as_it_is_told(tmp_path):
     job = tmp_path / "job.py"
     job.write_text(
         "import os, sys\n"
-        "from ddpm_mnist import processes\n"
+        "from ddpm_mnist.lab import processes\n"
         "ranks = processes.share_out(lambda job: os.environ['RANK'], range(3))\n"
         "sys.stdout.write(f'{ranks}\\n')\n"
         "processes.leave()\n"

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, parse_flag_from_env, reduce
 from torch import Tensor, nn
 
-from ddpm_mnist import InputError
+from ddpm_mnist.lab import InputError
 
 T = TypeVar("T")
 Job = TypeVar("Job")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_mnist import processes
-from ddpm_mnist.command import run_command
+from ddpm_mnist.lab import processes
+from ddpm_mnist.lab.command import run_command
 from finetune.cli import COMMANDS, main
 from finetune.pipeline import RunConfig
 
@@ -136,7 +136,7 @@ def said_in(locale, *words):
     variables = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     program = (
         "import sys; from dataclasses import dataclass; from pathlib import Path\n"
-        "from ddpm_mnist.command import run_command; from ddpm_mnist.runs import write_text\n"
+        "from ddpm_mnist.lab.command import run_command; from ddpm_mnist.lab.write import write_text\n"
         "@dataclass\n"
         "class Config:\n"
         "    output: Path = Path('a')\n"

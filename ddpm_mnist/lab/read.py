@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_mnist import one_line
+from ddpm_mnist.lab import one_line
 
 # A record of a run, a config of a network: more than this is none.
 MAX_JSON_BYTES = 16 << 20

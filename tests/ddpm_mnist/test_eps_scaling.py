@@ -7,13 +7,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 
-from ddpm_mnist import InputError
-from ddpm_mnist.noise import draw_noise, image_generators
-from ddpm_mnist.sampler import SamplerConfig, Solver, denoise, make_scheduler, sample
-from ddpm_mnist.schedule import house_schedule, read_schedule
-from ddpm_mnist.scheduler import EpsilonScalingScheduler
+from ddpm_mnist.lab import InputError
+from ddpm_mnist.sampling.noise import draw_noise, image_generators
+from ddpm_mnist.sampling.noise_schedule import house_schedule, read_schedule
+from ddpm_mnist.sampling.sampler import denoise, sample
+from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
+from ddpm_mnist.scheduler import EpsilonScalingScheduler, make_sampling_scheduler
 from ddpm_mnist.train import TeacherConfig
-from ddpm_mnist.unet import make_sampling_scheduler, save_teacher
+from ddpm_mnist.unet import save_teacher
 from eval.models import load_model
 
 SCALE = 1.06

@@ -1,0 +1,1 @@
+"""One seeded sampler for teacher and students: noise, schedule, solver."""
