@@ -27,7 +27,7 @@ from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.lab.processes import by_main
 from ddpm_mnist.lab.terminal import progress
 from ddpm_mnist.lab.write import prepare_output, write_bytes, write_json, write_text
-from ddpm_mnist.sampling.sampler import choose_labels, image_shape
+from ddpm_mnist.sampling.sampler import choose_conditions, image_shape
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.memory import peak_memory
 from eval.models import load_model
@@ -151,9 +151,9 @@ def benchmark(config: BenchConfig) -> list[Row]:
 
 def _inputs(student: QuantizedUNet, solver: Solver, batch_size: int) -> tuple[Tensor, ...]:
     """A batch at the middle of the denoising: x float (N, C, H, W), t (), and the classes (N,) of a model with such."""
-    labels = choose_labels(student, solver.config, range(batch_size))
+    conditions = choose_conditions(student, solver.config, range(batch_size))
     x, t = torch.randn(batch_size, *image_shape(student)), solver.timesteps[len(solver.timesteps) // 2]
-    return (x, t) if labels is None else (x, t, labels)
+    return x, t, *conditions.values()
 
 
 def _time(runtimes: Runtimes, inputs: tuple[Tensor, ...], config: BenchConfig) -> list[Row]:

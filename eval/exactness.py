@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm_mnist.lab import InputError
 from ddpm_mnist.lab.command import run_command
-from ddpm_mnist.sampling.sampler import choose_labels, denoise
+from ddpm_mnist.sampling.sampler import choose_conditions, denoise
 from ddpm_mnist.sampling.solver import SamplerConfig
 from eval.models import load_model
 from eval.sample import DrawConfig
@@ -194,7 +194,7 @@ def report(config: ExactnessConfig) -> dict[str, float]:
     solver = model.solver(SamplerConfig(num_steps=config.num_steps))
     totals: dict[str, float] = {}
     seeds = range(config.seed, config.seed + config.num_images)
-    labels = choose_labels(student, solver.config, seeds)
+    labels = choose_conditions(student, solver.config, seeds).get("class_labels")
     classes: list[int | None] = [None] if labels is None else labels.unique().tolist()
     for step in denoise(student, solver, seeds):
         for label in classes:

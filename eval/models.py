@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from ddpm_mnist.lab import InputError, processes
 from ddpm_mnist.lab.read import read_json
-from ddpm_mnist.sampling.noise_schedule import Schedule, house_schedule, read_schedule
-from ddpm_mnist.sampling.sampler import choose_labels, image_shape
+from ddpm_mnist.sampling.noise_schedule import Schedule, default_schedule, read_schedule
+from ddpm_mnist.sampling.sampler import choose_conditions, image_shape
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from ddpm_mnist.unet import PRETRAINED
 from eval.table import bits_label
@@ -85,7 +85,7 @@ class Model:
     def solver(self, config: SamplerConfig) -> Solver:
         """The sampler of `config` over the model's own schedule; InputError where the two do not fit."""
         with _named(self.name):
-            choose_labels(self.denoiser, config, range(0))
+            choose_conditions(self.denoiser, config, range(0))
             solver, options = Solver(config, self.schedule), self.denoiser.config
             last, first = solver.timesteps.max().item(), solver.timesteps.min().item()
             if options.time_embedding_type == "learned" and last >= (options.num_train_timesteps or 0):
@@ -98,10 +98,15 @@ class Model:
 
     def weights_digest(self) -> str:
         """The first 12 digits of its weights' SHA-256."""
-        weights = hashlib.sha256()
-        for tensor in self.denoiser.state_dict().values():
-            weights.update(tensor.cpu().numpy().tobytes())
-        return weights.hexdigest()[:12]
+        return digest(self.denoiser.state_dict())
+
+
+def digest(tensors: Mapping[Any, torch.Tensor]) -> str:
+    """Return the first 12 digits of the SHA-256 of `tensors`, in their order."""
+    content = hashlib.sha256()
+    for tensor in tensors.values():
+        content.update(tensor.cpu().numpy().tobytes())
+    return content.hexdigest()[:12]
 
 
 def device() -> torch.device:
@@ -153,7 +158,7 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
             raise InputError("a UNet2DConditionModel needs text beside the noise: quant takes it, the commands do not")
         _refuse_latents(place)
         own_schedule = _load_schedule(place)
-        schedule = own_schedule or house_schedule()
+        schedule = own_schedule or default_schedule()
         if "quantization" in config:
             student = QuantizedUNet.from_pretrained(place)
             bits = student.quant_config

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ddpm_mnist.sampling.sampler import choose_labels, denoise
+from ddpm_mnist.sampling.sampler import choose_conditions, denoise
 from ddpm_mnist.sampling.solver import Solver
 from quant import QuantizedUNet, to_integer
 from quant.export import export_onnx
@@ -102,8 +102,7 @@ def _quantize_statically(teacher: UNet2DModel, solver: Solver, source: Path, tar
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            labels = choose_labels(teacher, solver.config, range(16))
-            given = () if labels is None else (labels,)
+            given = choose_conditions(teacher, solver.config, range(16)).values()
             self.states = iter(
                 _arrays(step.x, solver.timesteps[step.number], *given) for step in denoise(teacher, solver, range(16))
             )

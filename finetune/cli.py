@@ -23,12 +23,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "run": Command(
-        "finetune.pipeline", "run", "RunConfig",
+        "finetune.run", "run", "RunConfig",
         "The main job: trajectories from noise, calibration, distillation, scores, grid, report",
         default="quick",
     ),
     "distill": Command(
-        "finetune.pipeline", "distill_student", "RunConfig", "Make a student, without scores, grid and report",
+        "finetune.make", "distill_student", "RunConfig", "Make a student, without scores, grid and report",
         default="quick",
     ),
     "ladder": Command("finetune.ladder", "climb", "LadderConfig", "What each technique gives, and what each bit costs"),

@@ -31,7 +31,7 @@ class DistillConfig:
     "denoising": DDPM's own loss on images instead (needs the data), at the sampler's timesteps, to compare with."""
     learn: str = "adapters"
     """"adapters": B·A beside the frozen weights (QALoRA). "weights": all weights, biases and normalisations."""
-    num_updates: int = 400
+    num_updates: int = 300
     """Optimiser updates, at least 0, which leaves the calibrated student as it is."""
     batch_size: int = 40
     """Trajectories ("rollout") or states ("per-step") per update and process, at least 1: p processes learn as one with
@@ -88,7 +88,7 @@ def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: i
 
     Here and below the config's batch_size is that of all processes together.
     """
-    count, num_steps = buffer.answers.shape[:2]
+    count, num_steps = buffer.outputs.shape[:2]
     in_order = config.objective == "per-step-in-order"  # one pass of T updates follows the same trajectories
     generator = update_generator(seed, update // num_steps if in_order else update)
     who = torch.randint(count, (config.batch_size,), generator=generator)
@@ -106,12 +106,8 @@ def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: i
 
 def per_step_loss(student: QuantizedUNet, solver: Solver, buffer: Trajectories, who: Tensor, step: Tensor) -> Tensor:
     """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over the batch; v or x0 where that is the answer."""
-    answer = solver.ask(student, step, buffer.x[who, step], _labels(buffer, who))
-    return (answer - buffer.answers[who, step]).square().mean()
-
-
-def _labels(buffer: Trajectories, who: Tensor) -> Tensor | None:
-    return None if buffer.labels is None else buffer.labels[who]
+    output = solver.model_output(student, step, buffer.x[who, step], buffer.conditions_of(who))
+    return (output - buffer.outputs[who, step]).square().mean()
 
 
 def rollout_loss(
@@ -123,12 +119,12 @@ def rollout_loss(
     teacher's x0 of the step before, and hands on the student's own after that.
     """
     before = (step - 1).clamp(min=0)
-    x = buffer.x[who, step]
-    x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.answers[who, before])
+    x, conditions = buffer.x[who, step], buffer.conditions_of(who)
+    x0_prev = solver.predict_x0(before, buffer.x[who, before], buffer.outputs[who, before])
     losses = []
     with student.shared_weights():
         for _ in range(rollout_steps):
-            x0 = solver.predict_x0(step, x, solver.ask(student, step, x, _labels(buffer, who)))
+            x0 = solver.predict_x0(step, x, solver.model_output(student, step, x, conditions))
             x, x0_prev, step = solver.advance(step, x, x0, x0_prev), x0, step + 1
             losses.append((x - buffer.x[who, step]).square().mean((1, 2, 3)).mean())
     return torch.stack(losses).mean()
@@ -150,8 +146,8 @@ def denoising_loss(
     step, x0, eps = map(processes.own_part, (step, x0, eps))
     x, target = solver.add_noise(step, x0, eps), solver.target(step, x0, eps)
     device = next(student.parameters()).device
-    answer = solver.ask(student, step.to(device), x.to(device), None)
-    return (answer - target.to(device)).square().mean()
+    output = solver.model_output(student, step.to(device), x.to(device), {})
+    return (output - target.to(device)).square().mean()
 
 
 def distillation_loss(

@@ -27,8 +27,10 @@ from eval.metrics import check_score
 from eval.models import Model, load_model
 from eval.sample import DrawConfig, draw, origin_of, stored_shape
 from eval.table import Row, markdown, summarise_scores
-from finetune.pipeline import RunConfig, check_student, distill_student, fingerprint, load_teacher
-from finetune.trajectories import MAX_SEED, make_trajectories
+from finetune.config import RunConfig, fingerprint
+from finetune.make import check_student, distill_from, load_teacher, make_buffer, with_whole_batch
+from finetune.run import act_step_sizes
+from finetune.trajectories import MAX_SEED, Trajectories, make_trajectories
 from quant import QuantizedUNet
 from quant.context import plain_torch
 
@@ -48,7 +50,9 @@ class Rung(NamedTuple):
     """A student to make and to score, or with `of` that of another rung, scored in another number of steps."""
 
     changes: Mapping[str, Any] = MappingProxyType({})
-    """What it changes of the base; "×": a factor on num_updates."""
+    """Fields of the base that it changes, and their values."""
+    update_factor: int = 1
+    """Factor on the base's number of updates."""
     repeated: bool = False
     """Made several times, each distillation with a seed of its own: see `LadderConfig.seeds`."""
     of: str = ""
@@ -89,7 +93,7 @@ RUNGS: dict[str, Rung] = {
     "published": Rung({"recipe": "published", "lr_factor": 2.0, **PAPER}),
     "full-fine-tuning": Rung(WEIGHTS),
     "lsq": Rung({**WEIGHTS, **DENOISING}),
-    "lsq-x10": Rung({**WEIGHTS, **DENOISING, "×": 10}),
+    "lsq-x10": Rung({**WEIGHTS, **DENOISING}, update_factor=10),
     # What each bit costs.
     "w8a8": Rung(bits(8, 8)),
     "w6a6": Rung(bits(6, 6)),
@@ -127,6 +131,8 @@ TEACHER_STEPS = (5, 10, 40, 50)
 IMAGES = "images.pt"
 # Trajectories whose errors are drawn.
 PATHS = 64
+# Trajectories of so many seeds and samplers are kept in memory.
+KEPT_BUFFERS = 3
 # Rungs that are shown more closely: their step sizes, and the denoising of a digit.
 SHOWN = ("ptq", "full", "w2a4")
 # Rungs that stand beside the full method where FID is drawn over bits.
@@ -199,52 +205,90 @@ def climb(config: LadderConfig) -> Path:
     Raises:
         InputError: no such teacher, or a rung's folder belongs to another configuration.
     """
-    base, teacher, ruler = config.base, load_teacher(config.base.teacher), load_ruler(config.base.features)
-    _refuse_unmeasured(teacher, ruler)
+    teacher, ruler = load_teacher(config.base.teacher), load_ruler(config.base.features)
+    _check_rungs(config, teacher, ruler)
+    prepare_output(config.output / "ladder.json")
+    lock_folder(config.output)
+    reference, _ = _images(config.output / "teacher", teacher, _drawing(config.base, 0))
+    ladder = _Ladder(config, teacher, ruler, reference)
+    if processes.count() > 1:  # `collect` then finds every score in its file
+        jobs = [[partial(ladder.score_teacher, num_steps)] for num_steps in (0, *config.teacher_steps)]
+        jobs += [[partial(ladder.score_student, name, number) for name in names] for names, number in _students(config)]
+        processes.share_out(lambda scores: [score() for score in scores], jobs)
+    return processes.from_main(ladder.collect)
+
+
+def _check_rungs(config: LadderConfig, teacher: Model, ruler: Ruler) -> None:
+    """Raise InputError for whatever a rung would refuse, before anything long starts."""
+    base = config.base
+    if ruler.reference is None or not ruler.fits(stored_shape(teacher)):
+        raise InputError(
+            f"the ruler {ruler.digest} has no FID of images of {teacher.shape}: base.features names another"
+        )
     for num_steps in (0, *config.teacher_steps):
-        teacher.solver(_drawing(base, num_steps))  # refuses what does not fit, before anything long starts
+        teacher.solver(_drawing(base, num_steps))
     for name in config.students:
         check_student(rung_config(base, name, config.output), teacher)
         teacher.solver(_drawing(base, RUNGS[name].num_steps))
-    prepare_output(config.output / "ladder.json")
-    lock_folder(config.output)
-    reference, _ = _images(config.output / "teacher", teacher, _drawing(base, 0))
 
-    def score_teacher(num_steps: int) -> dict[str, Any]:
+
+class _Ladder:
+    """The rungs of one ladder: makes and scores each that is not finished.
+
+    Args:
+        reference: the teacher's images in the base's number of steps, which all others are compared with.
+    """
+
+    def __init__(self, config: LadderConfig, teacher: Model, ruler: Ruler, reference: torch.Tensor):
+        self.config, self.teacher, self.ruler, self.reference = config, teacher, ruler, reference
+        self._buffers: dict[tuple[Any, ...], Trajectories] = {}
+
+    def score_teacher(self, num_steps: int) -> dict[str, Any]:
+        """Score the teacher in that number of steps; 0: the base's."""
         name = f"teacher-{num_steps}-steps" if num_steps else "teacher"
-        model = dataclasses.replace(teacher, name=name)
-        return _score(config.output / name, model, _drawing(base, num_steps), reference, ruler)
+        model = dataclasses.replace(self.teacher, name=name)
+        return self._score(self.config.output / name, model, num_steps)
 
-    def score_student(name: str, number: int) -> dict[str, Any]:
-        rung = RUNGS[name]
-        folder = config.output / name / str(base.seed + number)
+    def score_student(self, name: str, number: int) -> dict[str, Any]:
+        """Make the rung's student of that number, unless its folder holds it, and score it."""
+        rung, base = RUNGS[name], self.config.base
+        made = rung.of or name
+        folder = self.config.output / name / str(base.seed + number)
         print(f"Rung {name}, seed {base.seed + number}.")
-        run = rung_config(base, rung.of or name, config.output / (rung.of or name) / folder.name, number)
-        if (run.output / "state").exists():
-            RunState(run.output, fingerprint(run, teacher)).finish()  # refuses a rung of other settings
-        if not (run.output / "config.json").exists():
-            distill_student(run).run.finish()
-        student = dataclasses.replace(load_model(str(run.output), run.runtime), name=name)
-        score = _score(folder, student, _drawing(base, rung.num_steps), reference, ruler)
-        return {**score, "distillation_seed": run.seed}
+        config = with_whole_batch(rung_config(base, made, self.config.output / made / folder.name, number))
+        if (config.output / "state").exists():
+            RunState(config.output, fingerprint(config, self.teacher)).finish()  # refuses a rung of other settings
+        if not (config.output / "config.json").exists():
+            _, state = distill_from(self.teacher, config, self._buffer(config))
+            state.finish()
+        student = dataclasses.replace(load_model(str(config.output), config.runtime), name=name)
+        return {**self._score(folder, student, rung.num_steps), "distillation_seed": config.seed}
 
-    def collect() -> Path:
-        scores = [score_teacher(num_steps) for num_steps in (0, *config.teacher_steps)]
+    def collect(self) -> Path:
+        """Score all rungs, and write the tables and pictures; return the table."""
+        config = self.config
+        scores = [self.score_teacher(num_steps) for num_steps in (0, *config.teacher_steps)]
         if not config.students:
             _write_tables(config, scores)
         for name in config.students:
-            scores += [score_student(name, number) for number in config.distillations(name)]
+            scores += [self.score_student(name, number) for number in config.distillations(name)]
             _write_tables(config, scores)
-        _write_pictures(config, teacher, scores)
+        _write_pictures(config, self.teacher, scores)
         table = config.output / "ladder.md"
         print(table.read_text("utf-8"))
         return table
 
-    if processes.count() > 1:  # then what is collected is made already
-        jobs = [[partial(score_teacher, num_steps)] for num_steps in (0, *config.teacher_steps)]
-        jobs += [[partial(score_student, name, number) for name in names] for names, number in _students(config)]
-        processes.share_out(lambda scores: [score() for score in scores], jobs)
-    return processes.from_main(collect)
+    def _score(self, folder: Path, model: Model, num_steps: int) -> dict[str, Any]:
+        return _score(folder, model, _drawing(self.config.base, num_steps), self.reference, self.ruler)
+
+    def _buffer(self, config: RunConfig) -> Trajectories:
+        """Return the trajectories that `config` learns from; those of the last few rungs are kept in memory."""
+        key = (*dataclasses.astuple(config.teacher_sampler), config.teacher_steps, config.seed)
+        if key not in self._buffers:
+            while len(self._buffers) >= KEPT_BUFFERS:
+                del self._buffers[next(iter(self._buffers))]
+            self._buffers[key] = make_buffer(config, self.teacher)
+        return self._buffers[key]
 
 
 def _students(config: LadderConfig) -> list[tuple[list[str], int]]:
@@ -260,20 +304,13 @@ def _students(config: LadderConfig) -> list[tuple[list[str], int]]:
     return [(students[student], student[1]) for student in sorted(students, key=work, reverse=True)]
 
 
-def _refuse_unmeasured(teacher: Model, ruler: Ruler) -> None:
-    if ruler.reference is None or not ruler.fits(stored_shape(teacher)):
-        raise InputError(
-            f"the ruler {ruler.digest} has no FID of images of {teacher.shape}: base.features names another"
-        )
-
-
 def rung_config(base: RunConfig, name: str, output: Path, number: int = 0) -> RunConfig:
     """`base` with the changes of the rung, for the distillation of that number."""
     changes = dict(RUNGS[name].changes)
     if changes.get("distill.objective", "rollout") != "rollout" or "recipe" in changes:
         changes["distill.batch_size"] = base.distill.batch_size * base.distill.rollout_steps
-    if factor := changes.pop("×", None):
-        changes["distill.num_updates"] = base.distill.num_updates * factor
+    if "distill.num_updates" not in changes:
+        changes["distill.num_updates"] = base.distill.num_updates * RUNGS[name].update_factor
     parts: dict[str, Changes] = {"student": {}, "distill": {}, "sampler": {}}
     own: Changes = {"output": output, "seed": base.seed + number}
     for key, value in changes.items():
@@ -387,8 +424,6 @@ def _write_pictures(config: LadderConfig, teacher: Model, measured: list[dict[st
     for row in rows:
         if row.name in SHOWN:
             student = QuantizedUNet.from_pretrained(place(row))
-            names, layers = zip(*student.layers(), strict=True)
-            scales = torch.stack([layer.act_quantizer.scale for layer in layers])
-            figures[f"step_sizes_{row.name}"] = plots.step_sizes(names, student.clock.timesteps, scales)
+            figures[f"step_sizes_{row.name}"] = plots.step_sizes(*act_step_sizes(student))
     for name, figure in figures.items():
         write_bytes(folder / f"{name}.png", plots.to_png(figure))

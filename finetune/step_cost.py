@@ -19,7 +19,7 @@ from ddpm_mnist.scheduler import make_noise_schedule
 from eval.memory import peak_memory
 from eval.models import load_model
 from finetune.distill import DistillConfig, distillation_loss, parameter_groups
-from finetune.pipeline import calibration_states
+from finetune.make import calibration_states
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, quantize
 

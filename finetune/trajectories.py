@@ -1,14 +1,14 @@
-"""The only data there is: the teacher's own denoising, from noise."""
+"""The training data: the teacher's own denoising, from noise."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ddpm_mnist.lab.processes import share_out
-from ddpm_mnist.sampling.sampler import SEED_LIMIT, batches, choose_labels, denoise
-from ddpm_mnist.sampling.solver import Denoiser, Solver
+from ddpm_mnist.sampling.sampler import SEED_LIMIT, batches, choose_conditions, denoise
+from ddpm_mnist.sampling.solver import Conditions, Denoiser, Solver
 from quant.context import plain_torch
 
 # Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31; from there on each buffer has a
@@ -23,17 +23,21 @@ class Trajectories:
 
     Attributes:
         x: float (M, T + 1, C, H, W), the states from noise (0) to image (T).
-        answers: float (M, T, C, H, W), the teacher's answer at each state but the last, guided if the sampler says so.
-        labels: long (M,), the classes; None for a model without.
+        outputs: float (M, T, C, H, W), the teacher's output at each state but the last, guided if the sampler says so.
+        conditions: further arguments of the teacher and the student, each (M, …), such as class_labels.
     """
 
     x: Tensor
-    answers: Tensor
-    labels: Tensor | None = None
+    outputs: Tensor
+    conditions: Conditions = field(default_factory=dict)
+
+    def conditions_of(self, who: Tensor) -> Conditions:
+        """Return the conditions of the trajectories `who` long (N,)."""
+        return {name: value[who] for name, value in self.conditions.items()}
 
     def every(self, stride: int) -> "Trajectories":
         """The states after every `stride` steps, for a student whose step is as long as that."""
-        return Trajectories(self.x[:, ::stride], self.answers[:, ::stride], self.labels)
+        return Trajectories(self.x[:, ::stride], self.outputs[:, ::stride], self.conditions)
 
 
 def first_noise(seed: int) -> int:
@@ -50,6 +54,7 @@ def make_trajectories(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] = lambda done: None,
+    conditions: Conditions | None = None,
 ) -> Trajectories:
     """Denoise `count` noises with the teacher, and keep every step on `device`.
 
@@ -58,16 +63,23 @@ def make_trajectories(
     Args:
         count: M, at most 2^18.
         seed: 0 … 2^13 - 1; each has a range of noises of its own, which no scoring uses.
+        conditions: further arguments of the teacher, each (K, …); trajectory i gets row i mod K. None: the classes
+            that `solver.config` names.
     """
 
-    def record(seeds: range) -> tuple[Tensor, Tensor]:
-        steps = list(denoise(teacher, solver, seeds, device))
-        states = torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1)
-        return states.cpu(), torch.stack([step.answer for step in steps], dim=1).cpu()
-
     first = first_noise(seed)
+    if conditions is None:
+        conditions = choose_conditions(teacher, solver.config, range(first, first + count))
+    rows = torch.arange(count)
+    conditions = {name: value[rows.to(value.device) % len(value)].to(device) for name, value in conditions.items()}
+
+    def record(seeds: range) -> tuple[Tensor, Tensor]:
+        own = {name: value[seeds.start - first : seeds.stop - first] for name, value in conditions.items()}
+        steps = list(denoise(teacher, solver, seeds, device, own))
+        states = torch.stack([steps[0].x, *(step.x_next for step in steps)], dim=1)
+        return states.cpu(), torch.stack([step.output for step in steps], dim=1).cpu()
+
     parts = list(batches(first, count, batch_size))
     recorded = share_out(record, parts, lambda done: progress(min(done * batch_size, count)))
-    states, answers = (torch.cat(tensors).to(device) for tensors in zip(*recorded, strict=True))
-    labels = choose_labels(teacher, solver.config, range(first, first + count))
-    return Trajectories(states, answers, None if labels is None else labels.to(device))
+    states, outputs = (torch.cat(tensors).to(device) for tensors in zip(*recorded, strict=True))
+    return Trajectories(states, outputs, conditions)

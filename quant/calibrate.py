@@ -27,6 +27,7 @@ STATES_PER_STEP = 16
 
 # Students that a thread is calibrating.
 _at_work: set[QuantizedUNet] = set()
+_at_work_lock = threading.Lock()
 
 
 @torch.no_grad()
@@ -53,10 +54,11 @@ def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: 
     if model.is_calibrated:
         raise ValueError("this student is calibrated already; quantize its teacher anew")
     by_time = _checked(model, states, conditions)
-    if model in _at_work:
-        raise ValueError("another thread is calibrating this student")
+    with _at_work_lock:
+        if model in _at_work:
+            raise ValueError("another thread is calibrating this student")
+        _at_work.add(model)
     training, before = model.training, copy.deepcopy(model.state_dict())
-    _at_work.add(model)
     try:
         model.eval()
         _set_ranges(model, by_time, conditions)

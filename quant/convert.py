@@ -52,7 +52,7 @@ class QuantConfig:
     last skip; and of the embeddings of time and class. 2…8."""
     edge_act_bits: int = 16
     """Bits of the inputs of the layers of `edge_bits`: 2…8 or 16, which on integers take two lines of 8 bits each."""
-    rank: int = 8
+    rank: int = 16
     """Rank of the adapters of QALoRA, at least 1."""
     per_step: bool = True
     """An activation step size and zero point for every denoising step (TALSQ), or one for all."""

@@ -60,7 +60,9 @@ def tables(page):
     ("page", "written", "columns"),
     [
         ("README.md", "released", ("FID", "FID, second network", "same digit", "FID to teacher")),
+        ("docs/results.md", "released", ("distillations", "FID", "same digit", "FID to teacher")),
         ("docs/results.md", "ladder", ("FID", "ratio", "FID, second network", "same digit", "FID to teacher")),
+        ("docs/experiments/reconstruction.md", "ladder", ("FID", "ratio", "same digit", "FID to teacher")),
     ],
 )
 def test_scores_are_those_that_the_ladder_wrote(page, written, columns):

@@ -153,8 +153,11 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def house_schedule() -> Schedule:
-    """That of the teachers that are trained here: DDPM's, for ε, sampled from its last timestep down, x0 clipped."""
+def default_schedule() -> Schedule:
+    """Return the schedule of the teachers that `train_teacher` makes, for folders without a scheduler.
+
+    DDPM's 1000 linear steps, ε-prediction, sampled from the last timestep down, x0 clipped to [-1, 1].
+    """
     return read_schedule({"_class_name": EpsilonScalingScheduler.__name__, **make_sampling_scheduler().config})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_mnist.lab import InputError
 from ddpm_mnist.lab.processes import share_out
 from ddpm_mnist.sampling.noise import draw_noise, image_generators
-from ddpm_mnist.sampling.solver import Denoiser, SamplerConfig, Solver
+from ddpm_mnist.sampling.solver import Conditions, Denoiser, SamplerConfig, Solver
 from quant.context import plain_torch
 
 # Seeds of images lie in 0…2^31 - 1; as many more, from there on, belong to training.
@@ -22,11 +22,11 @@ LARGEST_TIME = 1 << 20
 
 
 class Step(NamedTuple):
-    """One denoising step of a batch: its number, the state before, the denoiser's answer, the state after."""
+    """One denoising step of a batch: its number, the state before, the denoiser's output, the state after."""
 
     number: int
     x: Tensor
-    answer: Tensor
+    output: Tensor
     x_next: Tensor
 
 
@@ -50,8 +50,8 @@ def image_shape(denoiser: Any) -> tuple[int, int, int]:
     return channels, *sides
 
 
-def choose_labels(denoiser: Any, config: SamplerConfig, seeds: range) -> Tensor | None:
-    """The classes of the images of `seeds`, long (N,), by the images' own seeds; None for a model without.
+def choose_conditions(denoiser: Any, config: SamplerConfig, seeds: range) -> dict[str, Tensor]:
+    """Return the class of each image of `seeds`, by its own seed: {"class_labels": long (N,)}, or {} without classes.
 
     Raises:
         InputError: the config's labels are not the model's.
@@ -63,7 +63,7 @@ def choose_labels(denoiser: Any, config: SamplerConfig, seeds: range) -> Tensor 
     if kind is None and count is None:
         if config.labels or null is not None:
             raise InputError("it has no classes: labels and null_class must be left out")
-        return None
+        return {}
     first, kinds = 0, "classes"
     if kind == "timestep":
         embedding, kinds = options.time_embedding_type, "times as classes (class_embed_type)"
@@ -76,24 +76,35 @@ def choose_labels(denoiser: Any, config: SamplerConfig, seeds: range) -> Tensor 
     classes = config.labels or [label for label in range(0 if kind else count) if label != null]
     if not classes:
         raise InputError(f"{kinds}: labels must name those to draw")
-    return torch.tensor([classes[seed % len(classes)] for seed in seeds])
+    return {"class_labels": torch.tensor([classes[seed % len(classes)] for seed in seeds])}
 
 
 @torch.no_grad()
-def denoise(denoiser: Denoiser, solver: Solver, seeds: range, device: str | torch.device = "cpu") -> Iterator[Step]:
-    """Denoise one batch from the noise of `seeds`, yielding every step; the last `x_next` is the image."""
+def denoise(
+    denoiser: Denoiser,
+    solver: Solver,
+    seeds: range,
+    device: str | torch.device = "cpu",
+    conditions: Conditions | None = None,
+) -> Iterator[Step]:
+    """Denoise one batch from the noise of `seeds`, yielding every step; the last `x_next` is the image.
+
+    Args:
+        conditions: further arguments of the denoiser, each (N, …). None: those of `choose_conditions`.
+    """
     generators, shape = image_generators(seeds), image_shape(denoiser)
-    labels = choose_labels(denoiser, solver.config, seeds)
-    labels = None if labels is None else labels.to(device)
+    if conditions is None:
+        conditions = choose_conditions(denoiser, solver.config, seeds)
+    conditions = {name: value.to(device) for name, value in conditions.items()}
     x = draw_noise(generators, shape).to(device)
     x0_prev = torch.zeros_like(x)
     for number in range(len(solver.timesteps)):
         step = torch.full((len(x),), number, device=device)
-        answer = solver.ask(denoiser, step, x, labels)
-        x0 = solver.predict_x0(step, x, answer)
+        output = solver.model_output(denoiser, step, x, conditions)
+        x0 = solver.predict_x0(step, x, output)
         z = draw_noise(generators, shape).to(device) if solver.is_stochastic else None
         x_next = solver.advance(step, x, x0, x0_prev, z)
-        yield Step(number, x, answer, x_next)
+        yield Step(number, x, output, x_next)
         x, x0_prev = x_next, x0
 
 

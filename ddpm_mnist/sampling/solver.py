@@ -1,7 +1,7 @@
 """diffusers' DDIM and DPM-Solver++ as linear steps, with the same bytes on every processor."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_mnist.lab import InputError
 from ddpm_mnist.sampling.exact import Array, log
-from ddpm_mnist.sampling.noise_schedule import Schedule, house_schedule
+from ddpm_mnist.sampling.noise_schedule import Schedule, default_schedule
 from ddpm_mnist.scheduler import check_eps_scale
 from quant.context import plain_torch
 
@@ -31,9 +31,11 @@ DPM_OPTIONS = {
 OTHERS_NAMES = {"algorithm_type": ("deis",), "solver_type": ("logrho", "bh1", "bh2")}
 
 
-# A denoiser is called as `denoiser(x_t, t, class_labels).sample`: x_t float (N, C, H, W), t long (N,), class_labels
-# long (N,) or None. It has a `config` as UNet2DModel's.
+# A denoiser is called as `denoiser(x_t, t, **conditions).sample`: x_t float (N, C, H, W), t long (N,). Its `config` has
+# the fields of UNet2DModel's.
 Denoiser = Callable[..., Any]
+# Arguments of a denoiser beside x_t and t, a row per sample: class_labels long (N,), encoder_hidden_states (N, L, D).
+Conditions = Mapping[str, Tensor]
 
 
 @dataclass
@@ -135,7 +137,7 @@ class Solver:
     @plain_torch()
     def __init__(self, config: SamplerConfig, schedule: Schedule | None = None):
         self.config = config
-        self.schedule = schedule or house_schedule()
+        self.schedule = schedule or default_schedule()
         scheduler = make_scheduler(config, self.schedule)
         self.timesteps: Tensor = scheduler.timesteps.clone()
         t = self.timesteps.numpy()
@@ -160,19 +162,19 @@ class Solver:
         self.coefficients = _to_tensor(_make_coefficients(config, scheduler.config, t, alphas_cumprod))
         self.is_stochastic = bool(self.coefficients[:, 3].any())
 
-    def ask(self, denoiser: Denoiser, step: Tensor, x: Tensor, labels: Tensor | None) -> Tensor:
-        """The denoiser's answer to x float (N, C, H, W) at `step` long (N,), guided as the config says.
+    def model_output(self, denoiser: Denoiser, step: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
+        """Evaluate the denoiser at x float (N, C, H, W) and `step` long (N,), with classifier-free guidance if the
+        config asks for it.
 
         Args:
-            labels: long (N,), the classes; None for a model without.
+            conditions: further arguments of the denoiser, each (N, …), such as class_labels.
         """
         t, scale = self.timesteps.to(x.device)[step], self.config.guidance_scale
-        if labels is None:
-            return denoiser(x, t).sample
-        if scale == 1:
-            return denoiser(x, t, labels).sample
+        if scale == 1 or "class_labels" not in conditions:
+            return denoiser(x, t, **conditions).sample
+        labels = conditions["class_labels"]
         null = torch.full_like(labels, self.config.null_class)  # type: ignore[arg-type]
-        both = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null])).sample
+        both = denoiser(torch.cat([x, x]), torch.cat([t, t]), class_labels=torch.cat([labels, null])).sample
         conditional, unconditional = both.chunk(2)
         return unconditional + scale * (conditional - unconditional)
 

@@ -108,6 +108,14 @@ class _Numbers:
         return numbers
 
 
+def _address(x: Tensor) -> int:
+    """Return the address of the elements of `x`, or 0 if it has no memory."""
+    try:
+        return x.data_ptr() if x.untyped_storage().nbytes() else 0
+    except RuntimeError:  # of a fake tensor or inside a transform of torch.func
+        return 0
+
+
 class _Projection:
     """What `time_proj` makes of a timestep or of a class, or the row of an embedding.
 
@@ -235,11 +243,13 @@ class IntegerUNet(nn.Module):
         program = self._program(height, width)
         moments = [self._moment(t, label) for t, label in zip(timesteps, labels, strict=True)]
         x = sample.detach().to(torch.float32).resolve_neg().contiguous()
+        if count and not _address(x):
+            raise ValueError("the sample must have memory: it is a fake tensor, inside a transform, or was freed")
         eps = torch.empty(count, *program.shapes[-1], dtype=torch.float32, device="cpu")
         pointers = (ctypes.c_void_p * count)(*(ctypes.addressof(moment.structure) for moment in moments))
         seconds = None if self.seconds is None else self.seconds.ctypes.data
         self.core.denoise(
-            program.structure, pointers, x.data_ptr(), eps.data_ptr(), count,
+            program.structure, pointers, _address(x), eps.data_ptr(), count,
             core.openmp(), torch.get_num_threads(), seconds,
         )  # fmt: skip
         if self._divided:

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 
 from ddpm_mnist.lab import InputError
 from ddpm_mnist.sampling.noise import draw_noise, image_generators
-from ddpm_mnist.sampling.noise_schedule import house_schedule, read_schedule
+from ddpm_mnist.sampling.noise_schedule import default_schedule, read_schedule
 from ddpm_mnist.sampling.sampler import denoise, sample
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
 from ddpm_mnist.scheduler import EpsilonScalingScheduler, make_sampling_scheduler
@@ -47,7 +47,7 @@ def test_the_factor_is_that_of_a_network_with_a_larger_answer(unet, name):
             return SimpleNamespace(sample=SCALE * unet(x, t).sample)
 
     config = SamplerConfig(name, 10, eps_scale=SCALE)
-    scheduler, x = make_scheduler(config, house_schedule()), draw_noise(image_generators(range(4)), (1, 28, 28))
+    scheduler, x = make_scheduler(config, default_schedule()), draw_noise(image_generators(range(4)), (1, 28, 28))
     options = {"use_clipped_model_output": True} if name == "ddim" else {}
     for t in scheduler.timesteps:
         x = scheduler.step(Scaled()(x, t).sample, t, x, **options).prev_sample

@@ -20,7 +20,9 @@ from eval.fid import FidConfig, print_fid
 from eval.grid import GridConfig, draw_models
 from eval.models import load_model
 from eval.sample import SampleConfig, write_samples
-from finetune.pipeline import RunConfig, distill_student, run
+from finetune.config import RunConfig
+from finetune.make import distill_student
+from finetune.run import run
 from quant import calibrate
 from quant.integer.model import MAX_NUMBER
 
@@ -125,7 +127,7 @@ def test_classes_and_guidance(tmp_path, capsys):
         conditional, unconditional = (denoiser(x, t, labels).sample for labels in (one, null))
         solver = Solver(config, load_model(str(folder)).schedule)
         at = solver.timesteps.tolist()
-        guided = solver.ask(denoiser, torch.tensor([1, 1]), x, one)
+        guided = solver.model_output(denoiser, torch.tensor([1, 1]), x, one)
         conditional, unconditional = (denoiser(x, torch.full((2,), at[1]), labels).sample for labels in (one, null))
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
     *_, last = denoise(denoiser, solver, range(2))
@@ -192,7 +194,7 @@ def test_guidance_is_calibrated_on_both_of_its_classes(tmp_path, monkeypatch):
         seen.append((next(iter(states.values())), class_labels.tolist()))
         calibrate(student, states, class_labels=class_labels)
 
-    monkeypatch.setattr("finetune.pipeline.calibrate", spy)
+    monkeypatch.setattr("finetune.make.calibrate", spy)
     config = RunConfig(tmp_path / "run", str(folder), num_trajectories=4, calibration_trajectories=3)
     config.distill.num_updates, config.student.rank, config.student.search = 0, 2, "min-max"
     config.sampler = SamplerConfig(num_steps=2, labels=(1, 2), null_class=0, guidance_scale=2.0)

@@ -59,7 +59,7 @@ def test_as_published_learning_rates_fall_linearly_from_the_authors_values(
     who, step = draw_batch(DistillConfig("per-step-in-order", batch_size=5), buffer, 0, 1)
     eps = published(buffer.x[who, 1], solver.timesteps[1]).sample
     assert step.tolist() == [1] * 5
-    assert seen["losses"][1] == pytest.approx((eps - buffer.answers[who, 1]).square().mean().item(), rel=1e-5)
+    assert seen["losses"][1] == pytest.approx((eps - buffer.outputs[who, 1]).square().mean().item(), rel=1e-5)
 
 
 def test_in_order_a_pass_follows_the_same_trajectories(buffer):
@@ -114,5 +114,5 @@ def test_every_second_state_is_a_trajectory_of_half_as_many_steps(unet):
     buffer = make_trajectories(unet, fine, count=3, seed=0)
     half = buffer.every(2)
     assert torch.equal(half.x, buffer.x[:, [0, 2, 4, 6]])
-    assert torch.equal(half.answers, buffer.answers[:, [0, 2, 4]])
+    assert torch.equal(half.answers, buffer.outputs[:, [0, 2, 4]])
     assert fine.timesteps[::2].tolist() == coarse.timesteps.tolist()

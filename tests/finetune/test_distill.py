@@ -206,7 +206,8 @@ import os, signal, sys
 from pathlib import Path
 from ddpm_mnist.lab.run_state import RunState
 from finetune.distill import DistillConfig
-from finetune.pipeline import RunConfig, distill_student
+from finetune.config import RunConfig
+from finetune.make import distill_student
 from ddpm_mnist.sampling.solver import SamplerConfig
 from quant import QuantConfig
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from ddpm_mnist.lab.command import run_command
 from eval import plots
 from eval.table import Row, summarise_scores
+from finetune.config import RunConfig
 from finetune.ladder import RUNGS, LadderConfig, climb, rung_config
-from finetune.pipeline import RunConfig
 from quant.integer.core import VARIABLE
 
 SMALL = """
@@ -136,7 +136,7 @@ def test_a_student_that_was_not_whole_is_made_again(config_path, tmp_path, monke
 
     arguments, folder = ["--config", str(config_path), "--rungs", '["ptq"]'], tmp_path / "ladder" / "ptq" / "0"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("finetune.pipeline.write_json", stop)
+        patch.setattr("finetune.make.write_json", stop)
         run_command("prog", climb, LadderConfig, arguments)
     assert (folder / "state" / "latest.pt").is_file()
     run_command("prog", climb, LadderConfig, arguments)

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 import finetune.ladder
-from ddpm_mnist.lab import command
-from ddpm_mnist.lab import InputError, processes
+from ddpm_mnist.lab import InputError, command, processes
 from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.lab.run_state import RunState
 from ddpm_mnist.sampling.sampler import sample
@@ -27,7 +26,8 @@ from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from eval.features import load_ruler
 from eval.metrics import measure
 from eval.models import load_model, runnable
-from finetune.pipeline import RunConfig, calibration_states, distill_student
+from finetune.config import RunConfig
+from finetune.make import calibration_states, distill_student
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, freeze, quantize
 
@@ -59,7 +59,7 @@ def share(folder: Path) -> None:
     ruler = load_ruler()
     few = {**ruler.reference, "kid_features": ruler.reference["kid_features"][:500]}
     found = {
-        "trajectories": buffer.x, "answers": buffer.answers, "images": images, "student's images": drawn,
+        "trajectories": buffer.x, "answers": buffer.outputs, "images": images, "student's images": drawn,
         "scores": measure(drawn, images, dataclasses.replace(ruler, reference=few)),
     }  # fmt: skip
     torch.save(found, folder / f"{rank()}.pt")

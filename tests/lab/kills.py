@@ -28,8 +28,9 @@ from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from eval.features import load_ruler
+from finetune.config import RunConfig
 from finetune.ladder import LadderConfig, climb
-from finetune.pipeline import RunConfig, run
+from finetune.run import run
 
 JOBS: dict[str, tuple[Callable[[Any], Any], type]] = {
     "teacher": (train_teacher, TeacherConfig),

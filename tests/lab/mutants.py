@@ -51,8 +51,8 @@ from eval.memory import peak_memory
 from eval.models import load_model
 from eval.sample import DrawConfig
 from finetune import ladder
+from finetune.config import RunConfig
 from finetune.distill import DistillConfig, distill
-from finetune.pipeline import RunConfig
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, freeze, quantize
 

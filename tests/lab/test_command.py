@@ -13,7 +13,7 @@ import torch
 from ddpm_mnist.lab import processes
 from ddpm_mnist.lab.command import run_command
 from finetune.cli import COMMANDS, main
-from finetune.pipeline import RunConfig
+from finetune.config import RunConfig
 
 
 def load(name):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ddpm_mnist.lab import terminal as terminal_module
 from ddpm_mnist.lab import InputError
+from ddpm_mnist.lab import terminal as terminal_module
 from ddpm_mnist.lab.locks import lock_file, lock_folder
 from ddpm_mnist.lab.run_state import RunState
 from ddpm_mnist.lab.terminal import progress, span

@@ -12,7 +12,6 @@ import torch
 from diffusers import UNet2DModel
 
 import quant
-from quant import context
 from quant.context import plain_torch
 from quant.summary import summarise
 
@@ -39,7 +38,7 @@ def every_verb(folder, surrounding):
         for name, options in (("plain", {}), ("reconstructed", {"reconstruction": True, "per_step": False})):
             torch.manual_seed(2)
             student = quant.quantize(unet, quant.QuantConfig(rank=2, **options), TIMESTEPS)
-            made[f"quantize {name}"] = student.state_dict().values()
+            made[f"quantize {name}"] = [x.clone() for x in student.state_dict().values()]
             quant.calibrate(student, states)
             made[f"calibrate {name}"] = student.state_dict().values()
         frozen = quant.freeze(student)
@@ -82,8 +81,9 @@ def usual(tmp_path_factory):
         lambda: torch.autocast("cpu", dtype=torch.bfloat16),
         torch.inference_mode,
         torch.no_grad,
+        lambda: reduced_precision(),
     ],
-    ids=["float64", "bfloat16", "meta", "autocast", "inference_mode", "no_grad"],
+    ids=["float64", "bfloat16", "meta", "autocast", "inference_mode", "no_grad", "medium precision"],
 )
 def test_every_verb_gives_the_same_bytes(surrounding, usual, tmp_path):
     assert every_verb(tmp_path, surrounding) == usual
@@ -103,13 +103,50 @@ def test_the_defaults_of_the_importing_process_have_no_influence(usual, tmp_path
     assert json.loads(said.stdout) == usual
 
 
-def test_a_forked_child_does_not_wait_for_a_thread_that_it_lacks():
-    with default_dtype(torch.float64), plain_torch(), context._dtype_lock:
-        if (child := os.fork()) == 0:
+def test_a_child_that_is_forked_inside_leaves_and_enters_as_its_parent():
+    with default_dtype(torch.float64):
+        with plain_torch():
+            child = os.fork()
+            seen = [torch.get_default_dtype()]
             with plain_torch():
-                inside = torch.get_default_dtype()
-            os._exit(0 if (inside, torch.get_default_dtype()) == (torch.float32, torch.float64) else 1)
+                seen.append(torch.get_default_dtype())
+        seen.append(torch.get_default_dtype())
+        with plain_torch():
+            seen.append(torch.get_default_dtype())
+        if child == 0:
+            os._exit(seen != [torch.float32, torch.float32, torch.float64, torch.float32])
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_child_that_is_forked_while_another_thread_is_inside_has_the_processs_default():
+    entered, left = threading.Event(), threading.Event()
+
+    def stay():
+        with plain_torch():
+            entered.set()
+            left.wait()
+
+    with default_dtype(torch.float64):
+        thread = threading.Thread(target=stay)
+        thread.start()
+        entered.wait()
+        if (child := os.fork()) == 0:
+            os._exit(torch.get_default_dtype() != torch.float64)
+        left.set()
+        thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@contextlib.contextmanager
+def reduced_precision():
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.conv.fp32_precision = "none"
 
 
 def test_the_default_dtype_comes_back_when_the_last_thread_is_out():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_mnist.sampling.noise_schedule import house_schedule
+from ddpm_mnist.sampling.noise_schedule import default_schedule
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
 from eval.models import load_model
 from finetune.trajectories import make_trajectories
@@ -219,7 +219,7 @@ def test_min_max_keeps_the_whole_range(unet, solver, buffer):
 
 
 def test_a_student_goes_into_diffusers_pipeline(student):
-    scheduler = make_scheduler(SamplerConfig("ddim", num_steps=6), house_schedule())
+    scheduler = make_scheduler(SamplerConfig("ddim", num_steps=6), default_schedule())
     pipeline = DDIMPipeline(unet=student, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(2, num_inference_steps=6, use_clipped_model_output=True, output_type="np").images

@@ -7,7 +7,7 @@ from diffusers import DDIMPipeline, DPMSolverMultistepScheduler
 
 from ddpm_mnist.lab import InputError
 from ddpm_mnist.sampling.noise import draw_noise, image_generators
-from ddpm_mnist.sampling.noise_schedule import house_schedule
+from ddpm_mnist.sampling.noise_schedule import default_schedule
 from ddpm_mnist.sampling.sampler import batches, denoise, sample, to_uint8
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
 from ddpm_mnist.scheduler import make_noise_schedule
@@ -20,7 +20,7 @@ def probe(config, dtype):
 
     Its tables are float32; for float64 they are put in its place.
     """
-    scheduler, num_steps = make_scheduler(config, house_schedule()), config.num_steps
+    scheduler, num_steps = make_scheduler(config, default_schedule()), config.num_steps
     options = {"prediction_type": "sample", "clip_sample": False, "thresholding": False}
     scheduler = type(scheduler).from_config(scheduler.config, **options)
     scheduler.set_timesteps(num_steps)
@@ -75,7 +75,7 @@ def test_noise_is_added_as_in_training():
 @pytest.mark.parametrize(("name", "eta"), SOLVERS)
 def test_states_equal_diffusers_scheduler(unet, name, eta, num_steps):
     config = SamplerConfig(name, num_steps, eta)
-    scheduler, generators = make_scheduler(config, house_schedule()), image_generators(range(7, 10))
+    scheduler, generators = make_scheduler(config, default_schedule()), image_generators(range(7, 10))
     x = draw_noise(generators, (1, 28, 28))
     for step in denoise(unet, Solver(config), range(7, 10)):
         t = scheduler.timesteps[step.number]
@@ -91,7 +91,7 @@ def test_images_equal_diffusers_pipeline(unet, monkeypatch):
     noise = draw_noise(image_generators(range(3, 7)), (1, 28, 28))
     monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: noise)
     config = SamplerConfig("ddim", 10)
-    pipeline = DDIMPipeline(unet=unet, scheduler=make_scheduler(config, house_schedule()))
+    pipeline = DDIMPipeline(unet=unet, scheduler=make_scheduler(config, default_schedule()))
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(4, num_inference_steps=10, use_clipped_model_output=True, output_type="np").images
     for step in denoise(unet, Solver(config), range(3, 7)):
@@ -103,7 +103,7 @@ def test_images_equal_diffusers_pipeline(unet, monkeypatch):
 def test_specimen_diffusers_default_carries_the_unclipped_error_on(unet):
     """Without use_clipped_model_output, DDIM clips x0 and keeps ε: not the sampler of the house."""
     config = SamplerConfig("ddim", 10)
-    scheduler, x = make_scheduler(config, house_schedule()), draw_noise(image_generators(range(4)), (1, 28, 28))
+    scheduler, x = make_scheduler(config, default_schedule()), draw_noise(image_generators(range(4)), (1, 28, 28))
     for t in scheduler.timesteps:
         x = scheduler.step(unet(x, t).sample, t, x).prev_sample
     for step in denoise(unet, Solver(config), range(4)):

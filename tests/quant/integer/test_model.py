@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from ddpm_mnist.sampling.noise_schedule import house_schedule
+from ddpm_mnist.sampling.noise_schedule import default_schedule
 from ddpm_mnist.sampling.sampler import sample
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
 from eval.exactness import flipped_shares
@@ -326,7 +326,7 @@ def test_hooks_are_not_lost_without_a_word(frozen):
 
 
 def test_it_goes_into_diffusers_pipeline(frozen):
-    scheduler = make_scheduler(SamplerConfig("ddim", num_steps=6), house_schedule())
+    scheduler = make_scheduler(SamplerConfig("ddim", num_steps=6), default_schedule())
     pipeline = DDIMPipeline(unet=to_integer(frozen), scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(2, num_inference_steps=6, use_clipped_model_output=True, output_type="np").images

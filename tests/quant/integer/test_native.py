@@ -144,7 +144,7 @@ def released(name):
     """A released student on integers, and an image on its way through the 20 steps: see `write_input`."""
     network, solver = to_integer(load_model(name).denoiser), Solver(SamplerConfig())
     steps = zip(solver.timesteps.tolist(), denoise(network, solver, range(1)), strict=True)
-    return network, [(step.x, t, step.answer) for t, step in steps]
+    return network, [(step.x, t, step.output) for t, step in steps]
 
 
 def write_input(path, network, images):

@@ -18,7 +18,8 @@ from ddpm_mnist.sampling.solver import SamplerConfig
 from ddpm_mnist.unet import save_teacher
 from eval.export import ExportConfig, export
 from eval.models import load_model
-from finetune.pipeline import RunConfig, run
+from finetune.config import RunConfig
+from finetune.run import run
 from quant import freeze
 
 SMALL = """
@@ -240,7 +241,7 @@ def test_a_student_that_integers_cannot_follow_is_refused_before_anything_starts
     def refuse(unet):
         raise ValueError("mid_block: a Block is not supported on integers")
 
-    monkeypatch.setattr("finetune.pipeline.refuse_unsupported", refuse)
+    monkeypatch.setattr("finetune.make.refuse_unsupported", refuse)
     arguments = ["--config", str(config_path)]
     with pytest.raises(SystemExit) as caught:
         run_command("prog", run, RunConfig, arguments)
@@ -270,13 +271,13 @@ def test_a_run_that_is_interrupted_says_so_and_goes_on(config_path, tmp_path, mo
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for phase in (
-            "finetune.pipeline.make_trajectories",
-            "finetune.pipeline.calibrate",
+            "finetune.make.make_trajectories",
+            "finetune.make.calibrate",
             "finetune.distill.keep_step_sizes_positive",
             "ddpm_mnist.lab.run_state.torch.save",
-            "finetune.pipeline.draw",
-            "finetune.pipeline.score_images",
-            "finetune.pipeline.write_report",
+            "finetune.run.draw",
+            "finetune.run.score_images",
+            "finetune.run.write_report",
         ):
             with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
                 patch.setattr(phase, lambda *_, **__: signal.raise_signal(signal.SIGINT))
@@ -292,7 +293,7 @@ def test_a_run_that_is_interrupted_says_so_and_goes_on(config_path, tmp_path, mo
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("phase", ["finetune.pipeline.freeze", "finetune.pipeline.image_grid"])
+@pytest.mark.parametrize("phase", ["finetune.make.freeze", "finetune.run.image_grid"])
 def test_a_folder_that_is_taken_away_is_not_made_again(phase, config_path, tmp_path, monkeypatch, capsys):
     module, _, name = phase.rpartition(".")
     function = getattr(importlib.import_module(module), name)
