@@ -24,6 +24,7 @@ from ddpm_mnist.sampling.solver import SamplerConfig
 from eval.features import load_ruler
 from eval.models import STUDENTS, Model, load_model
 from eval.sample import DrawConfig
+from quant.context import plain_torch
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Film(NamedTuple):
         return self.states[-1]
 
 
+@plain_torch()
 def film(model: Model, drawing: DrawConfig) -> Film:
     """Draw `drawing.num_images` images at once and keep every state."""
     seeds = range(drawing.seed, drawing.seed + drawing.num_images)

@@ -253,7 +253,8 @@ def _refuse_codes(path: Path) -> None:
     """ValueError where a file of weights holds anything but floats: codes mean nothing without their scales."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
-            if (dtype := file.get_slice(name).get_dtype()).lstrip("B")[0] != "F":
+            # Floats of 8 bits have scales beside them, as integers do.
+            if (dtype := file.get_slice(name).get_dtype()).lstrip("B")[0] != "F" or dtype.startswith("F8"):
                 raise ValueError(f"{name} in {path.name} is of {dtype}, not of floats")
 
 

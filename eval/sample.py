@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -164,13 +165,7 @@ class _PartialArray:
         Raises:
             InputError: another process draws into it, or it cannot be written.
         """
-        try:
-            self._file = self.beside.open("ab")
-            lock_file(self._file)
-        except BlockingIOError as error:
-            raise InputError(f"another process is drawing these images: {self.beside} is its file") from error
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror} ({self.beside.name})") from error
+        self._file = self._locked()
         header = io.BytesIO()
         described = {"descr": "|u1", "fortran_order": False, "shape": (config.num_images, *one)}
         np.lib.format.write_array_header_1_0(header, described)
@@ -185,6 +180,20 @@ class _PartialArray:
         else:
             self.append(begin)
         return done
+
+    def _locked(self) -> BinaryIO:
+        """Open the file beside, and lock it."""
+        while True:
+            try:
+                file = self.beside.open("ab")
+                lock_file(file)
+            except BlockingIOError as error:
+                raise InputError(f"another process is drawing these images: {self.beside} is its file") from error
+            except OSError as error:
+                raise InputError(f"cannot write {self.path}: {error.strerror} ({self.beside.name})") from error
+            if is_still_there(file, self.beside):
+                return file
+            file.close()  # another drawing that has ended deleted it between the two lines
 
     def append(self, content: bytes) -> None:
         assert self._file is not None
@@ -201,11 +210,16 @@ class _PartialArray:
         if not is_still_there(self._file, self.beside):
             raise InputError(f"cannot write {self.path}: {self.beside} was taken away")
         keep_mode(self.path, self.beside)
+        if sys.platform == "win32":  # there are no locks, and no open file can be renamed or deleted
+            self._file.close()
         self.beside.replace(self.path)
         for other in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
-            with suppress(OSError), other.open("ab") as file:  # of BlockingIOError, too
-                lock_file(file)
-                other.unlink()
+            with suppress(OSError):  # of BlockingIOError, too
+                with other.open("ab") as file:
+                    lock_file(file)
+                    if sys.platform != "win32":
+                        other.unlink()
+                other.unlink(missing_ok=True)
 
 
 def picture(images: Tensor, columns: int) -> bytes:

@@ -22,6 +22,7 @@ from finetune.distill import DistillConfig, distillation_loss, parameter_groups
 from finetune.make import calibration_states
 from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, quantize
+from quant.context import plain_torch
 
 
 @dataclass
@@ -37,6 +38,8 @@ class StepCostConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
+@plain_torch()
+@torch.enable_grad()
 def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
     """Time one update of each kind in turn; print the medians, the peak memory, and their ratios to the teacher's.
 

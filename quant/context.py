@@ -1,4 +1,4 @@
-"""Keep what a process sets for torch out of a computation: default dtype and device, precision, autocast, inference mode."""
+"""Keep the process's settings of torch out of a computation: default dtype and device, precision, autocast."""
 
 import os
 import threading

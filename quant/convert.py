@@ -110,6 +110,8 @@ class QuantizedUNet(nn.Module):
         if isinstance(timestep, str) or not hasattr(timestep, "__len__"):
             timestep = as_number(timestep)  # a fraction stays one: diffusers would cut it to an integer
         t = torch.as_tensor(timestep, device=sample.device)
+        if t.dtype == torch.bool:
+            raise ValueError("a timestep must be a number, not a truth value")
         t = (t.float() if t.is_floating_point() else t).reshape(-1).expand(sample.shape[0])
         self.clock.set(t)
         try:
@@ -338,10 +340,8 @@ def _in_half(x: Tensor) -> Tensor:
 def _convert(network: nn.Module, config: QuantConfig, timesteps: Sequence[float] | Tensor) -> QuantizedUNet:
     """The structure of the quantized model; its step sizes are yet to be set."""
     unet: Any = copy.deepcopy(network).requires_grad_(False).float().eval()
-    for (
-        module
-    ) in unet.modules():  # only the class's own passes `check_structure`; accelerate's `unwrap_model` leaves it
-        vars(module).pop("forward", None)
+    for module in unet.modules():
+        vars(module).pop("forward", None)  # accelerate's `unwrap_model` leaves the class's own there
     if unet.is_gradient_checkpointing:
         unet.disable_gradient_checkpointing()
     clock = Clock(timesteps)

@@ -45,11 +45,14 @@ def _lock_folder(folder: Path) -> None:
         if is_still_there(file, path):
             break
         file.close()  # another process deleted it between the two lines, as it unlocked the folder
-    if locked:
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        _locks[path] = file
-        _clear_half_written(path.parent)
+    if not locked:
+        file.close()
+        path.unlink()
+        return
+    file.truncate(0)
+    file.write(str(os.getpid()).encode())
+    _locks[path] = file
+    _clear_half_written(path.parent)
 
 
 def lock_file(file: BinaryIO) -> bool:
@@ -80,8 +83,10 @@ def is_still_there(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear_half_written(folder: Path, depth: int = 2) -> None:
-    """Away with what a killed process left in a folder that is locked, and in those below it that have no lock of their
-    own: a ladder's are two deep."""
+    """Delete temporary files that a killed process left in a locked folder, and below it in folders without a lock.
+
+    The folders of a ladder's students are two deep.
+    """
     for path in folder.iterdir():
         with suppress(OSError):
             if path.name.startswith(".") and path.name.endswith(HALF):
@@ -98,12 +103,23 @@ def forget_lost_lock(folder: Path) -> None:
 
 
 def require_folder(path: Path) -> None:
-    """InputError if `path` is in a folder that was locked and then taken away: whatever is written would make it anew,
-    without the rest."""
+    """Raise InputError if `path` is in a locked folder that was deleted meanwhile: writing would make it anew, without
+    the rest."""
     for lock in list(_locks):
         if path.resolve().is_relative_to(lock.parent) and not is_still_there(_locks[lock], lock):
             _locks.pop(lock).close()  # this job ends here; the next one may make the folder anew
             raise InputError(f"cannot write {path}: {lock.parent} was taken away, or its .lock")
+
+
+def _forget_locks() -> None:
+    """In a forked child: its parent holds the locks, and it would keep them after the parent's end."""
+    for file in _locks.values():
+        file.close()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def unlock_folder(folder: Path) -> None:

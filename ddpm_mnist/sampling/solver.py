@@ -162,6 +162,7 @@ class Solver:
         self.coefficients = _to_tensor(_make_coefficients(config, scheduler.config, t, alphas_cumprod))
         self.is_stochastic = bool(self.coefficients[:, 3].any())
 
+    @plain_torch(inference=True)
     def model_output(self, denoiser: Denoiser, step: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
         """Evaluate the denoiser at x float (N, C, H, W) and `step` long (N,), with classifier-free guidance if the
         config asks for it.

@@ -4,6 +4,8 @@ import copy
 import ctypes
 import math
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +89,7 @@ class _Numbers:
     def read(self, given: Any, count: int) -> list[float]:
         """One for each of `count` samples: an integer as it is, others as a float of 32 bits holds them."""
         try:
-            x = torch.as_tensor(given).detach()
+            x = torch.as_tensor(float(given) if isinstance(given, Fraction | Decimal) else given).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the {self.name} must be numbers, not a {type(given).__name__}") from error
         if x.dim() > 1 or x.numel() not in (1, count) or x.dtype == torch.bool or x.is_complex() or x.is_meta:
@@ -111,7 +113,7 @@ class _Numbers:
 def _address(x: Tensor) -> int:
     """Return the address of the elements of `x`, or 0 if it has no memory."""
     try:
-        return x.data_ptr() if x.untyped_storage().nbytes() else 0
+        return x.numpy().ctypes.data if x.untyped_storage().nbytes() else 0
     except RuntimeError:  # of a fake tensor or inside a transform of torch.func
         return 0
 

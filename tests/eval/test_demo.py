@@ -14,7 +14,7 @@ from ddpm_mnist.unet import save_teacher
 from eval.demo import DemoConfig, Player, film, launch, make_page, rows, serve
 from eval.metrics import measure
 from eval.models import load_model
-from eval.sample import draw
+from eval.sample import DrawConfig, draw
 from quant import freeze
 
 
@@ -173,3 +173,10 @@ def test_the_page_names_no_script_font_or_picture_elsewhere(served):
     for name in ("", "theme.css"):
         text = urllib.request.urlopen(address + name).read().decode()
         assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//[^"'> ]+|url\(["']?(?:https?:)?//[^)]+""", text)
+
+
+def test_a_film_is_the_same_under_autocast():
+    model, drawing = load_model("teacher"), DrawConfig(num_steps=2, num_images=1)
+    usual = film(model, drawing)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(film(model, drawing).states, usual.states)

@@ -270,13 +270,14 @@ def test_a_scheduler_that_is_missing_where_it_should_be_is_not_guessed(leave, tm
     assert "scheduler_config.json is missing, where its scheduler should be" in err
 
 
-def test_codes_are_not_taken_for_weights(tmp_path, capsys):
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_codes_are_not_taken_for_weights(dtype, kind, tmp_path, capsys):
     folder = make_folder(tmp_path / "model")
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
-    save_file({**weights, "conv_in.bias": (100 * weights["conv_in.bias"]).to(torch.int8)}, path)
+    save_file({**weights, "conv_in.bias": (100 * weights["conv_in.bias"]).to(dtype)}, path)
     err = refusal(capsys, write_samples, SampleConfig, "--model", str(folder))
-    assert "conv_in.bias in diffusion_pytorch_model.safetensors is of I8, not of floats" in err
+    assert f"conv_in.bias in diffusion_pytorch_model.safetensors is of {kind}, not of floats" in err
 
 
 def test_adapters_beside_a_network_are_said_to_be_ignored(tmp_path, capsys):

@@ -1,5 +1,6 @@
 import errno
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from ddpm_mnist.lab import InputError
 from ddpm_mnist.lab import terminal as terminal_module
-from ddpm_mnist.lab.locks import lock_file, lock_folder
+from ddpm_mnist.lab.locks import lock_file, lock_folder, unlock_folder
 from ddpm_mnist.lab.run_state import RunState
 from ddpm_mnist.lab.terminal import progress, span
 from ddpm_mnist.lab.write import prepare_output, write_bytes, write_text
@@ -299,3 +300,17 @@ def test_a_file_is_locked_once(tmp_path):
         assert lock_file(one)
         with pytest.raises(BlockingIOError):
             lock_file(two)
+
+
+def test_a_forked_child_has_none_of_its_parents_locks(tmp_path):
+    lock_folder(tmp_path)
+    if (child := os.fork()) == 0:
+        try:
+            lock_folder(tmp_path)
+        except InputError:
+            unlock_folder(tmp_path)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / ".lock").exists(), "only the parent unlocks it"
+    unlock_folder(tmp_path)

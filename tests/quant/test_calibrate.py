@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -267,3 +268,22 @@ def test_what_is_no_student_is_refused_in_a_sentence():
     unet.conv_in.weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"conv_in\.weight: it holds what is no finite number"):
         quantize(unet, QuantConfig(rank=2), [900])
+
+
+def test_of_two_threads_that_calibrate_a_student_one_is_refused(unet):
+    student = quantize(unet, QuantConfig(rank=1), [500])
+    states, together, refused = {500: torch.randn(2, 1, 28, 28)}, threading.Barrier(2), []
+
+    def work():
+        together.wait()
+        try:
+            calibrate(student, states)
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1 and "calibrat" in refused[0]

@@ -3,11 +3,14 @@ import gc
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpm_mnist.sampling.noise_schedule import default_schedule
 from ddpm_mnist.sampling.sampler import sample
@@ -384,3 +387,25 @@ def test_too_little_memory_is_told(frozen, monkeypatch):
     model.programs[28, 28].structure.memory = 1 << 58  # floats that a thread would need
     with pytest.raises(MemoryError, match="not enough memory"):
         model(torch.randn(3, 1, 28, 28), 499)
+
+
+def test_a_sample_without_memory_is_refused(frozen):
+    integer = to_integer(frozen)
+    freed = torch.randn(1, 1, 28, 28)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="the sample must have memory"):
+        integer(freed, 500)
+    with FakeTensorMode():
+        fake = torch.randn(1, 1, 28, 28)
+    with pytest.raises(ValueError, match="the sample must have memory"):
+        integer(fake, 500)
+
+
+@pytest.mark.parametrize("t", [Fraction(1001, 2), Decimal("500.5"), np.float64(500.5)])
+def test_a_timestep_may_be_any_number_of_python(t, frozen):
+    x = torch.randn(1, 1, 28, 28)
+    integer = to_integer(frozen)
+    assert torch.equal(integer(x, t).sample, integer(x, 500.5).sample)
+    for model in (frozen, integer):
+        with pytest.raises(ValueError):
+            model(x, [True])
