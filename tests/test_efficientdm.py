@@ -103,7 +103,7 @@ def test_trajectories(script):
     x, x0_prev = noise, noise
     for number in range(3):
         step = torch.full((2,), number)
-        answer = solver.model_output(teacher.denoiser, step, x, None)
+        answer = solver.model_output(teacher.denoiser, step, x, {})
         x0 = solver.predict_x0(step, x, answer)
         x, x0_prev = solver.advance(step, x, x0, x0_prev), x0
         assert answers[:, number] == pytest.approx(answer, abs=1e-4)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.sampling.noise import draw_noise, image_generators
-from ddpm_mnist.sampling.sampler import LARGEST_TIME, choose_labels, denoise
+from ddpm_mnist.sampling.sampler import LARGEST_TIME, choose_conditions, denoise
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.export import ExportConfig, export
 from eval.fid import FidConfig, print_fid
@@ -114,8 +114,9 @@ def test_the_whole_of_it_for_another_model(options, scheduler, shape, tmp_path, 
 def test_classes_and_guidance(tmp_path, capsys):
     folder = make_folder(tmp_path / "model", num_class_embeds=4)
     denoiser = load_model(str(folder)).denoiser
-    assert choose_labels(denoiser, SamplerConfig(), range(6)).tolist() == [0, 1, 2, 3, 0, 1]
-    assert choose_labels(denoiser, SamplerConfig(null_class=3), range(2, 6)).tolist() == [2, 0, 1, 2]
+    assert choose_conditions(denoiser, SamplerConfig(), range(6))["class_labels"].tolist() == [0, 1, 2, 3, 0, 1]
+    without_null = choose_conditions(denoiser, SamplerConfig(null_class=3), range(2, 6))
+    assert without_null["class_labels"].tolist() == [2, 0, 1, 2]
     threes = draw(folder, tmp_path, "--num_steps", "3", "--labels", "[3]")
     all_four = draw(folder, tmp_path, "--num_steps", "3")
     assert np.abs(threes[3].astype(int) - all_four[3]).max() <= 1
@@ -127,7 +128,7 @@ def test_classes_and_guidance(tmp_path, capsys):
         conditional, unconditional = (denoiser(x, t, labels).sample for labels in (one, null))
         solver = Solver(config, load_model(str(folder)).schedule)
         at = solver.timesteps.tolist()
-        guided = solver.model_output(denoiser, torch.tensor([1, 1]), x, one)
+        guided = solver.model_output(denoiser, torch.tensor([1, 1]), x, {"class_labels": one})
         conditional, unconditional = (denoiser(x, torch.full((2,), at[1]), labels).sample for labels in (one, null))
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
     *_, last = denoise(denoiser, solver, range(2))

@@ -114,5 +114,5 @@ def test_every_second_state_is_a_trajectory_of_half_as_many_steps(unet):
     buffer = make_trajectories(unet, fine, count=3, seed=0)
     half = buffer.every(2)
     assert torch.equal(half.x, buffer.x[:, [0, 2, 4, 6]])
-    assert torch.equal(half.answers, buffer.outputs[:, [0, 2, 4]])
+    assert torch.equal(half.outputs, buffer.outputs[:, [0, 2, 4]])
     assert fine.timesteps[::2].tolist() == coarse.timesteps.tolist()
