@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
+import finetune.unet
 import quant
 from ddpm_mnist.lab import command
 from eval.exactness import flipped_shares
+from eval.models import load_model
 from finetune import cli
+from finetune.config import RunConfig
+from finetune.distill import DistillConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -150,13 +154,30 @@ def exit_code(program):
     return 0
 
 
-@pytest.mark.parametrize(
-    ("page", "end"),
-    [("README.md", "## Read on"), ("docs/own-models.md", "## Its schedule")],
-    ids=["README", "own-models"],
-)
-def test_an_own_unet_is_distilled_and_runs_on_integers(page, end, tmp_path, monkeypatch):
-    before, *_ = (ROOT / page).read_text().partition(end)
+def test_one_call_makes_a_student_of_an_own_unet(tmp_path, monkeypatch):
+    (code,) = [code for language, code in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"]
+    assert len(code.splitlines()) <= 12
+    own = UNet2DModel(8, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    pipeline = DDPMPipeline(own, DDPMScheduler())
+    small = RunConfig(
+        num_trajectories=4, calibration_trajectories=4, distill=DistillConfig(num_updates=1, batch_size=2)
+    )
+    monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda name: pipeline)
+    monkeypatch.setattr(finetune.unet, "RunConfig", lambda: small)
+    monkeypatch.chdir(tmp_path)
+    result: dict = {}
+    exec(code, result)
+    x = torch.randn(2, 3, 8, 8)
+    saved = quant.QuantizedUNet.from_pretrained("my-student")
+    assert torch.equal(saved(x, 500).sample, result["student"](x, 500).sample)
+    assert result["integer"](x, 500).sample.shape == x.shape
+    assert load_model("my-student").schedule.num_train_timesteps == 1000
+
+
+def test_an_own_unet_is_distilled_step_by_step_and_runs_on_integers(tmp_path, monkeypatch):
+    before, *_ = (ROOT / "docs" / "own-models.md").read_text().partition("## Its schedule")
     code = "\n".join(code for language, code in FENCE.findall(before) if language == "python")
     torch.manual_seed(0)
     own = UNet2DModel(
