@@ -1,7 +1,7 @@
 PYTHON ?= python3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup run test docs tutorial
+.PHONY: setup run test test-all docs tutorial
 
 setup: .venv/.installed
 
@@ -15,11 +15,12 @@ setup: .venv/.installed
 run: setup
 	.venv/bin/efficientdm run --config configs/quick.yaml
 
-test: setup
+test: SELECTION = -m "not slow"
+test test-all: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal $(SELECTION)
 
 # The theme tells of its successor in red; that is no warning about these pages.
 docs: setup

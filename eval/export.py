@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddpm_mnist.lab import InputError
 from ddpm_mnist.lab.command import run_command
-from ddpm_mnist.lab.locks import lock_folder, unlock_folder
+from ddpm_mnist.lab.locks import locked_folder
 from ddpm_mnist.lab.processes import by_main
 from ddpm_mnist.lab.terminal import progress
 from ddpm_mnist.lab.write import holds_model, prepare_output, write_json
@@ -43,11 +43,8 @@ def export(config: ExportConfig) -> Path:
         raise InputError(f'"{config.model}" is of full precision: only a student has codes to pack')
     path = config.output / ("model.safetensors" if packed else "model.onnx")
     prepare_output(path)
-    lock_folder(config.output)
-    try:
+    with locked_folder(config.output):
         _export(model, config, path)
-    finally:
-        unlock_folder(config.output)
     print(f"{config.model}, {model.bits}, in {path} ({path.stat().st_size:,} bytes)")
     return path
 

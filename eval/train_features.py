@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from ddpm_mnist.datasets import LABELLED, load_labelled
 from ddpm_mnist.lab import InputError
 from ddpm_mnist.lab.config_file import save_config
-from ddpm_mnist.lab.locks import lock_folder
+from ddpm_mnist.lab.locks import locked_folder
 from ddpm_mnist.lab.processes import by_main
 from ddpm_mnist.lab.terminal import progress
 from ddpm_mnist.lab.write import prepare_output, write_bytes, write_json
@@ -116,7 +116,11 @@ def train_features(config: FeaturesConfig) -> Path:
     """
     prepare_output(config.output / SECOND_FOLDER / "features.safetensors")
     prepare_output(config.output / "features.json")
-    lock_folder(config.output)
+    with locked_folder(config.output):
+        return _train_both(config)
+
+
+def _train_both(config: FeaturesConfig) -> Path:
     images, labels = load_labelled(config.data, "train")
     if len(images) < config.batch_size:
         raise InputError(f"batch_size must be at most the {len(images)} training images, not {config.batch_size}")

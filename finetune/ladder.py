@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddpm_mnist.lab import InputError, processes
-from ddpm_mnist.lab.locks import lock_folder
+from ddpm_mnist.lab.locks import locked_folder
 from ddpm_mnist.lab.read import read_json, read_state
 from ddpm_mnist.lab.run_state import RunState
 from ddpm_mnist.lab.write import prepare_output, write_bytes, write_json, write_text
@@ -208,14 +208,12 @@ def climb(config: LadderConfig) -> Path:
     teacher, ruler = load_teacher(config.base.teacher), load_ruler(config.base.features)
     _check_rungs(config, teacher, ruler)
     prepare_output(config.output / "ladder.json")
-    lock_folder(config.output)
-    reference, _ = _images(config.output / "teacher", teacher, _drawing(config.base, 0))
-    ladder = _Ladder(config, teacher, ruler, reference)
-    if processes.count() > 1:  # `collect` then finds every score in its file
-        jobs = [[partial(ladder.score_teacher, num_steps)] for num_steps in (0, *config.teacher_steps)]
-        jobs += [[partial(ladder.score_student, name, number) for name in names] for names, number in _students(config)]
-        processes.share_out(lambda scores: [score() for score in scores], jobs)
-    return processes.from_main(ladder.collect)
+    with locked_folder(config.output):
+        reference, _ = _images(config.output / "teacher", teacher, _drawing(config.base, 0))
+        ladder = _Ladder(config, teacher, ruler, reference)
+        if processes.count() > 1:  # `collect` then finds every score in its file
+            ladder.share_out()
+        return processes.from_main(ladder.collect)
 
 
 def _check_rungs(config: LadderConfig, teacher: Model, ruler: Ruler) -> None:
@@ -263,6 +261,13 @@ class _Ladder:
             state.finish()
         student = dataclasses.replace(load_model(str(config.output), config.runtime), name=name)
         return {**self._score(folder, student, rung.num_steps), "distillation_seed": config.seed}
+
+    def share_out(self) -> None:
+        """Make and score all rungs, each distillation in one of the processes."""
+        jobs = [[partial(self.score_teacher, num_steps)] for num_steps in (0, *self.config.teacher_steps)]
+        for names, number in _students(self.config):
+            jobs.append([partial(self.score_student, name, number) for name in names])
+        processes.share_out(lambda scores: [score() for score in scores], jobs)
 
     def collect(self) -> Path:
         """Score all rungs, and write the tables and pictures; return the table."""

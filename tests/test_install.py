@@ -16,6 +16,8 @@ from ddpm_mnist.lab.command import EXTRAS
 from eval.models import STUDENTS
 from quant.integer.core import available
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "configs", "ddpm_mnist", "quant", "eval", "finetune")
 PACKAGES = ("ddpm_mnist", "ddpm_mnist/lab", "ddpm_mnist/sampling", "quant", "quant/integer", "eval", "finetune")

@@ -129,6 +129,8 @@ def test_a_command_exists_with_its_options(words, monkeypatch, capsys):
     match Path(words[0]).name, *words[1:]:
         case "efficientdm", *_:
             assert exit_code(cli.main) == 0, capsys.readouterr().err
+        case "python", script if script.endswith(".py"):
+            assert (ROOT / script).is_file()
         case "python", "-m", module, *arguments:
             monkeypatch.setattr(sys, "argv", [module, *arguments])
             assert exit_code(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)) == 0, (
@@ -222,6 +224,7 @@ class Fetched(HTMLParser):
             self.addresses += [value for name, value in attrs if name in ("src", "href") and value]
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_warnings_and_fetches_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("mkdocs")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

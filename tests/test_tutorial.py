@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 STEPS = ["1 teacher", "2 min-max", "3 QALoRA", "4 scale-aware", "5 TALSQ", "6 rollouts", "7 whole"]
 TINY = """

@@ -3,7 +3,8 @@
 import os
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,16 @@ def lock_folder(folder: Path) -> None:
         InputError: another process writes into the folder.
     """
     processes.from_main(lambda: _lock_folder(folder))
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Lock `folder` inside the context: see `lock_folder`."""
+    lock_folder(folder)
+    try:
+        yield
+    finally:
+        unlock_folder(folder)
 
 
 def _lock_folder(folder: Path) -> None:

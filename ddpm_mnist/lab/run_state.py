@@ -44,6 +44,13 @@ class RunState:
     def _open(self, folder: Path) -> dict[str, Any] | None:
         prepare_output(self.log_path)
         lock_folder(folder)
+        try:
+            return self._begin(folder)
+        except BaseException:
+            unlock_folder(folder)
+            raise
+
+    def _begin(self, folder: Path) -> dict[str, Any] | None:
         if self.path.exists():
             return self._resume(folder)
         if holds_model(folder):

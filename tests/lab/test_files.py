@@ -15,6 +15,7 @@ from ddpm_mnist.lab.read import parse_json, read_json, read_state
 MUTANTS = Path(__file__).parent / "mutants.py"
 
 
+@pytest.mark.slow
 def test_mutants_are_read_or_refused_in_one_line():
     words = [sys.executable, str(MUTANTS), "--child", "--count", "150", "--seed", "7"]
     answer = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -156,6 +156,7 @@ print(forward, peak_memory(lambda: calibrate(student, dict.fromkeys(timesteps, x
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("per_step", "reconstruction"), [(True, False), (False, False), (True, True)])
 def test_its_memory_is_that_of_a_forward_pass(per_step, reconstruction):
     """Whatever the number of layers and of timesteps: nothing of the activations is kept. In a process of its own."""

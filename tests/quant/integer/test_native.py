@@ -222,6 +222,7 @@ def sanitized(tmp_path_factory):
     return {isa: built.result() for isa, built in builds.items()}
 
 
+@pytest.mark.slow
 @needs(CROSS_COMPILER, "g++-aarch64-linux-gnu")
 @needs(EMULATOR, "qemu-user")
 def test_an_emulated_arm_processor_makes_the_same_bytes(tmp_path):
@@ -239,6 +240,7 @@ def test_an_emulated_arm_processor_makes_the_same_bytes(tmp_path):
         assert digests == expected(network, images)
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_here("avx512vnni")
 def test_the_kernel_of_avx_vnni_makes_the_same_bytes(tmp_path):
@@ -250,6 +252,7 @@ def test_the_kernel_of_avx_vnni_makes_the_same_bytes(tmp_path):
         assert digests == expected(network, images)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("isa", [pytest.param(isa, marks=needs_here(isa)) for isa in FLAGS])
 @pytest.mark.parametrize("name", SMALL)
@@ -260,6 +263,7 @@ def test_sanitizers_find_nothing(name, isa, sanitized, tmp_path):
     assert digests == expected(network, images)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_sanitizers_find_rows_that_attention_writes_past_the_tokens(tmp_path):
     """Bytes do not show them: the core makes its codes in a block that is wide enough for any layer."""
