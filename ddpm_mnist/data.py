@@ -1,4 +1,4 @@
-"""Images to train a teacher on: a data set by its name, a folder of images, or an array."""
+"""Load training images: a named data set, a folder of images, or an array."""
 
 import os
 from collections.abc import Iterator
@@ -14,35 +14,34 @@ from torch import Tensor
 from ddpm_mnist.datasets import LABELLED, load_labelled
 from ddpm_mnist.lab import InputError
 
-# Of an image in a folder: a small file can claim any number.
+# Limit on the size of an image in a folder: the header of a small file can claim any number of pixels.
 MAX_PIXELS = 1 << 24
 
 
-# How many channels images have: grey or colour, without and with transparency.
+# Possible numbers of channels: grey or colour, without or with transparency.
 CHANNELS = (1, 2, 3, 4)
 
 
-# Formats that Pillow knows by their suffix, and reads no image of.
+# Formats whose suffixes Pillow registers but which it cannot read.
 ONLY_NAMED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def load_images(
     data: str, split: str = "train", image_size: int | tuple[int, int] | None = None, root: Path | None = None
 ) -> Tensor:
-    """The images of `data`, uint8 (N, H, W) for one channel, (N, H, W, 3) for colour.
+    """Load the images of `data`: uint8 (N, H, W) for one channel, (N, H, W, 3) for colour.
 
     Args:
-        data: one of `LABELLED`; a folder of images, with those in the folders inside it (links are followed, hidden
-            ones left out), in sorted order; or a .npy file, uint8 of the shape that this function returns, or
-            (N, H, W, 1).
-        split: "train" or "test"; what is one's own has "train" alone.
-        image_size: (H, W), or one number for both: every image is resized to it, and loses what lies outside its
-            proportions. In a folder, images may then differ in size, and grey ones stand as colour beside colour.
-            None: as they are.
+        data: one of `LABELLED`; a folder, which is searched recursively for images (links are followed, hidden files
+            and folders skipped) in sorted order; or a .npy file, uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3).
+        split: "train" or "test"; folders and .npy files have "train" only.
+        image_size: (H, W), or one number for both. Images are cropped at the centre to this aspect ratio and resized.
+            The images of a folder may then differ in size, and grey ones are converted if others are in colour. None:
+            images keep their size.
         root: as for `load_mnist`.
 
     Raises:
-        InputError: no such data, or not what is described here; the message says which, and what would be right.
+        InputError: the data does not exist or is not as described here.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     path = Path(data)
@@ -66,7 +65,7 @@ def load_images(
 
 
 def _read_folder(folder: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
-    """The images in and below `folder`, all of one shape."""
+    """Read all images in `folder` and its subfolders; they must have one shape."""
     Image.init()
     kinds = Image.OPEN.keys() - ONLY_NAMED
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds}
@@ -89,13 +88,17 @@ def _read_folder(folder: Path, size: tuple[int, int] | None) -> NDArray[np.uint8
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file in and below `folder` that is not hidden, behind links too; InputError for what cannot be read."""
+    """Yield every file in `folder` and its subfolders that is not hidden, following links.
+
+    Raises:
+        InputError: a link is broken or leads to a folder above it, or an entry is no regular file.
+    """
 
     def fail(error: OSError) -> None:
         raise error
 
     for name, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        # What is hidden is no data: .ipynb_checkpoints holds copies, macOS lays a ._name beside each file.
+        # Hidden files are no data: .ipynb_checkpoints holds copies, macOS writes a ._name beside each file.
         folders[:] = [inner for inner in folders if inner[0] != "."]
         for inner in folders:
             path = Path(name, inner)
@@ -115,12 +118,12 @@ def _shape(image: NDArray[np.uint8]) -> str:
 
 
 def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
-    """One image, upright, in grey (H, W) or in colour (H, W, 3)."""
+    """Read an image, rotated by its EXIF orientation, in grey (H, W) or in colour (H, W, 3)."""
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"has {file.width}×{file.height} pixels, more than {MAX_PIXELS:,}")
-            # An .mpo is a camera's .jpg: the photo comes first, and smaller ones of it follow.
+            # An .mpo file is a camera's .jpg: the photo is the first image, smaller copies follow.
             if (count := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":
                 raise ValueError(f"holds {count} images: save each as a file of its own")
             if file.mode in ("I", "F") or any(map(_is_of_16_bits, file.tile)):
@@ -129,33 +132,33 @@ def _read_image(path: Path, size: tuple[int, int] | None) -> NDArray[np.uint8]:
             if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise ValueError("is transparent in places: lay it on a background first")
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    except Exception as error:  # each format breaks in its own way
+    except Exception as error:  # Pillow's plugins raise many types of exceptions
         reason = str(error) or type(error).__name__
         raise InputError(f"{path} cannot be read as an image of 8 bits: {reason}") from error
     return np.asarray(image) if size in (None, (image.height, image.width)) else _fit(image, size)
 
 
 def _is_of_16_bits(tile: Any) -> bool:
-    """Whether Pillow reads a part of a file from more than 8 bits a channel: it cuts colours down to 8 itself."""
+    """Return whether a tile has more than 8 bits per channel in the file: Pillow silently reduces colours to 8."""
     codec, _, _, options = tile
     return codec == "SGI16" or ";16" in str(options) or (codec.startswith("ppm") and options[1] > 255)
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The middle of `image` that has the proportions of `size` (H, W), resized to it."""
+    """Crop `image` at its centre to the aspect ratio of `size` (H, W), and resize it to `size`."""
     return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS))
 
 
 def _read_array(path: Path) -> NDArray[np.uint8]:
-    """The array in `path`, uint8 (N, H, W) or (N, H, W, 3)."""
+    """Read the array in `path`: uint8 (N, H, W) or (N, H, W, 3)."""
     right = "an array of images is uint8, of shape (N, H, W) or (N, H, W, 1) in grey, (N, H, W, 3) in colour"
     try:
-        # Mapped first: the size that the head claims is then held against the file's own.
+        # Memory-mapped first, which checks the size in the header against the file's size before memory is allocated.
         mapped = np.lib.format.open_memmap(path, mode="r")
         if (rest := path.stat().st_size - mapped.offset - mapped.nbytes) > 0:
             raise ValueError(f"{rest:,} bytes follow the array")
         images = np.array(mapped)
-    except Exception as error:  # of the head, which is a literal of Python, or of the system
+    except Exception as error:  # from the header, which is parsed as a Python literal, or from the system
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read: {reason}; {right}") from error
     if images.dtype != np.uint8:

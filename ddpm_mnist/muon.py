@@ -1,7 +1,7 @@
-"""Muon: the momentum of every weight matrix, made orthogonal (https://kellerjordan.github.io/posts/muon, 2024).
+"""The Muon optimizer: momentum with orthogonalised updates (https://kellerjordan.github.io/posts/muon, 2024).
 
-torch.optim.Muon does the same for parameters of two dimensions, in bfloat16, which on a processor without such units
-costs as much as the rest of an update. This one takes convolutions too and works in float32.
+torch.optim.Muon supports two-dimensional parameters only and uses bfloat16, which on a CPU without bfloat16
+instructions takes as long as the rest of an update. This version also supports convolutions and uses float32.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Newton–Schulz: five of these odd polynomials bring singular values from (0, 1] into about 0.7…1.2.
+# Newton–Schulz iteration: five applications of this odd polynomial map singular values in (0, 1] to about 0.7…1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """About U·Vᵀ of the singular value decomposition U·S·Vᵀ of `matrix` (m, n)."""
+    """Return approximately U·Vᵀ of the singular value decomposition U·S·Vᵀ of `matrix` (m, n)."""
     a, b, c = COEFFICIENTS
     wide = matrix.T if len(matrix) > matrix.shape[1] else matrix
     x = wide / wide.norm().clamp(min=1e-7)
@@ -27,12 +27,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov's momentum, orthogonalised; the root mean square of an update is about 0.2 · lr, as Adam's is.
+    """Muon with Nesterov momentum. The root mean square of an update is about 0.2 · lr, as with Adam.
 
     Args:
-        params: of two dimensions or more; all but the first are taken as one.
+        params: parameters of at least two dimensions; all but the first are flattened.
         lr: learning rate, on the scale of Adam's (arXiv 2502.16982, section 2.2).
-        momentum: share of the old mean that each update keeps.
+        momentum: decay of the running mean of the gradients.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95):
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; `closure` is not called."""
+        """Update every parameter that has a gradient; `closure` is not called."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:

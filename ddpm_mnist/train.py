@@ -1,4 +1,4 @@
-"""The teacher's training: DDPM's ε-prediction on MNIST or other images, resumable to the bit."""
+"""Train the teacher: DDPM with ε-prediction on MNIST or other images. A resumed run is bitwise identical."""
 
 import dataclasses
 import hashlib
@@ -34,53 +34,53 @@ from quant.context import plain_torch
 @dataclass
 class TeacherConfig:
     output: Path = Path("runs/teacher")
-    """Run folder. A run that was interrupted goes on from its last state."""
+    """Run folder. An interrupted run resumes from its last saved state."""
     data: str = "mnist"
-    """What to draw: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"; a folder of images; or a .npy file, uint8
-    (N, H, W) or (N, H, W, 3). The network takes its channels and its size from it."""
+    """Training images: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"; a folder of images; or a .npy file,
+    uint8 (N, H, W) or (N, H, W, 3). They determine the network's channels and image size."""
     image_size: int | tuple[int, int] | None = None
-    """Images are resized to this height and width in pixels, one number for both; what lies outside these proportions
-    is cut off. None: as they are."""
+    """Height and width in pixels to which images are cropped and resized; one number for both. None: images keep
+    their size."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     eps_scale: float = 1.0
-    """Factor on ε in sampling, at least 1e-6, for the folder's scheduler (ddpm_mnist/scheduler.py). Training does not
-    know it."""
+    """Factor on ε in sampling, at least 1e-6, saved in the scheduler (ddpm_mnist/scheduler.py). It does not affect
+    training."""
     total_updates: int = 20_000
-    """Optimiser updates until the learning rate is zero, at least 1."""
+    """Optimizer updates until the learning rate is zero, at least 1."""
     batch_size: int = 64
-    """Images per update and process, at least 1: p processes learn as one with p times as many, which is what
-    config.yaml then says."""
+    """Images per update and process, at least 1. p processes train with p times this batch size, which config.yaml
+    records."""
     learning_rate: float = 2e-3
-    """Learning rate between warm-up and decay, above 0, of Muon for the inner weights and of Adam for all else."""
+    """Learning rate between warm-up and decay, above 0: of Muon for the inner weights, of Adam for all others."""
     warmup_updates: int = 500
     """Updates over which the learning rate rises linearly from zero, at least 0."""
     decay_fraction: float = 0.4
-    """Last part of the run, 0 to 1, over which the learning rate falls linearly to zero."""
+    """Fraction of total_updates, 0 to 1, at their end, in which the learning rate falls linearly to zero."""
     restart_updates: int = 0
-    """Further updates after total_updates, at least 0: the learning rate begins again at half its height and falls
-    linearly to zero (a warm restart, arXiv 1608.03983)."""
+    """Further updates after total_updates, at least 0, in which the learning rate falls linearly from half of
+    learning_rate to zero (a warm restart, arXiv 1608.03983)."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm, above 0."""
+    """Gradients are clipped to this norm, above 0."""
     snr_gamma: float | None = 5.0
     """γ, above 0, of the Min-SNR loss weight min(SNR, γ) / SNR (arXiv 2303.09556, eq. 8 for ε). None: the unweighted
     loss of DDPM."""
     ema_decay: float = 0.999
-    """Decay, 0 to 1, of the exponential moving average of the weights, which is what is sampled."""
+    """Decay, 0 to 1, of the exponential moving average (EMA) of the weights. The EMA weights are used for sampling."""
     average_at: tuple[int, ...] = ()
-    """Updates, in order, after which that average is kept: what is saved is the mean of those that were (arXiv
-    1803.05407). Empty: the last alone."""
+    """Updates, in increasing order, after which the EMA weights are kept; the saved model is the mean of all kept
+    weights (arXiv 1803.05407). Empty: the EMA weights of the last update."""
     mixed_precision: str = "no"
-    """accelerate's: "no", or "bf16" for autocast to bfloat16."""
+    """accelerate's mixed precision: "no", or "bf16" for autocast to bfloat16."""
     seed: int = 0
-    """Seeds the initial weights and, with the update's number, everything that an update draws: 0 to 2^32 - 1."""
+    """Seed of the initial weights and, with the number of the update, of its random numbers: 0 to 2^32 - 1."""
     log_every: int = 50
-    """Updates between two lines of log.jsonl, at least 1. A saved state has a line as well."""
+    """Updates between lines of log.jsonl, at least 1. Every saved state has a line as well."""
     save_every: int = 500
-    """Updates between two saved states, at least 1."""
+    """Updates between saved states, at least 1."""
     grid_every: int = 2_500
-    """Updates between two grids of samples, `samples/<update>.png`, at least 1."""
+    """Updates between grids of samples, `samples/<update>.png`, at least 1."""
     tracker: str = "none"
-    """Where losses, rates and grids are shown besides: "none", "tensorboard", "wandb" or "trackio"."""
+    """Experiment tracker for losses, learning rates and grids: "none", "tensorboard", "wandb" or "trackio"."""
 
     def __post_init__(self) -> None:
         check_eps_scale(self.eps_scale)
@@ -110,7 +110,7 @@ class TeacherConfig:
 
 
 def learning_rate(config: TeacherConfig, update: int) -> float:
-    """Warm-up, plateau, linear decay: the trapezoid of arXiv 2405.18392. Then the warm restart."""
+    """Return the learning rate: warm-up, plateau and linear decay (arXiv 2405.18392), then the warm restart."""
     if update >= config.total_updates:
         left = config.total_updates + config.restart_updates - update
         return config.learning_rate / 2 * left / config.restart_updates
@@ -120,11 +120,11 @@ def learning_rate(config: TeacherConfig, update: int) -> float:
 
 
 def draw_batch(images: Tensor, batch_size: int, seed: int, update: int) -> tuple[Tensor, ...]:
-    """What one update draws, a function of its arguments alone.
+    """Draw the images, noises and timesteps of one update; they depend on the arguments only.
 
     Args:
         images: uint8 (M, H, W) or (M, H, W, C).
-        batch_size: N, of all processes together.
+        batch_size: N, the sum over all processes.
 
     Returns:
         x0 float (N, C, H, W) in [-1, 1]; eps the same shape; t long (N,), spread over 0…999.
@@ -133,13 +133,14 @@ def draw_batch(images: Tensor, batch_size: int, seed: int, update: int) -> tuple
     index = torch.randint(len(images), (batch_size,), generator=generator)
     x0 = to_float(images[index])
     eps = torch.randn(x0.shape, generator=generator)
-    # One timestep from each of N equal parts: the loss of a batch varies less (arXiv 2107.00630, appendix I.1).
+    # Stratified: one timestep from each of N equal intervals, which reduces the variance of the loss (arXiv 2107.00630,
+    # appendix I.1).
     place = torch.randperm(batch_size, generator=generator) + torch.rand(batch_size, generator=generator)
     return x0, eps, (place * (1000 / batch_size)).long().clamp(max=999)
 
 
 def make_optimizers(unet: nn.Module) -> tuple[Muon, torch.optim.Adam]:
-    """Muon for the inner weights, Adam for the first and the last convolution, biases and normalisations."""
+    """Return Muon for the inner weights, and Adam for the first and last convolution, biases and normalisations."""
     inner: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in unet.named_parameters():
@@ -149,13 +150,14 @@ def make_optimizers(unet: nn.Module) -> tuple[Muon, torch.optim.Adam]:
 
 
 def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
-    """The weight of the squared error in ε for each of the 1000 timesteps, shape (1000,)."""
+    """Return the loss weight of each of the 1000 timesteps, (1000,), for the squared error of ε."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return torch.ones_like(snr) if snr_gamma is None else snr.clamp(max=snr_gamma) / snr
 
 
 def restore_ema(ema: EMAModel, saved: dict[str, Any]) -> None:
-    """Give `ema` the mean that its `state_dict()` kept, and its age; ValueError where it is of other parameters."""
+    """Load the averages and the step count of `saved`, a `state_dict()`, into `ema`; raise ValueError if the shapes
+    differ."""
     shapes = [[mean.shape for mean in means] for means in (ema.shadow_params, saved["shadow_params"])]
     if shapes[0] != shapes[1]:
         raise ValueError("the moving average is of other parameters")
@@ -164,7 +166,8 @@ def restore_ema(ema: EMAModel, saved: dict[str, Any]) -> None:
 
 
 def restore_kept(saved: list[list[Tensor]], like: list[nn.Parameter], count: int) -> list[list[Tensor]]:
-    """The `count` weights that a state kept to be averaged; ValueError where they are others."""
+    """Return the `count` saved sets of weights to average, on the devices of `like`; raise ValueError if their number
+    or shapes differ."""
     if len(saved) != count or any([x.shape for x in weights] != [x.shape for x in like] for weights in saved):
         raise ValueError("what was kept to be averaged is of other parameters")
     return [[weight.to(at) for weight, at in zip(weights, like, strict=True)] for weights in saved]
@@ -173,17 +176,17 @@ def restore_kept(saved: list[list[Tensor]], like: list[nn.Parameter], count: int
 @plain_torch()
 @torch.enable_grad()
 def train_teacher(config: TeacherConfig) -> Path:
-    """Train the teacher of `config` on its images, or go on where its folder left off.
+    """Train a teacher on images, or resume the run in its folder.
 
-    Several processes take equal parts of each batch and average their gradients. That is plainer than PyTorch's
-    DistributedDataParallel, which sends while it still computes, and loses little here: docs/scale.md counts it.
+    With several processes each takes an equal part of every batch, and the gradients are averaged. This is simpler
+    than DistributedDataParallel, which overlaps communication and computation, and costs little here (docs/scale.md).
 
-    Writes config.yaml, log.jsonl, samples/*.png, state/, and at the end a folder of diffusers'
-    `DDPMPipeline`: model_index.json, unet/ and scheduler/.
+    Writes config.yaml, log.jsonl, samples/*.png and state/, and at the end the folder of a diffusers `DDPMPipeline`:
+    model_index.json, unet/ and scheduler/.
 
     Raises:
-        InputError: the images cannot be had, are too few, or do not fit the network; or the folder belongs to another
-            configuration or to other images.
+        InputError: the images cannot be loaded, are too few, or do not fit the network; or the folder belongs to
+            another configuration or to other images.
     """
     config = dataclasses.replace(config, batch_size=config.batch_size * processes.count())
     fingerprint = dataclasses.asdict(config)
@@ -206,7 +209,7 @@ def train_teacher(config: TeacherConfig) -> Path:
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
 
     run = RunState(config.output, {**fingerprint, "optimizer": "muon"}, config.tracker)
-    kept: list[list[Tensor]] = []  # the weights that are averaged in the end
+    kept: list[list[Tensor]] = []  # the sets of EMA weights whose mean is saved at the end
     num_updates = config.total_updates + config.restart_updates
     average_at = config.average_at or (num_updates,)
     first, seconds_before = run.progress(num_updates)
@@ -254,7 +257,7 @@ def train_teacher(config: TeacherConfig) -> Path:
             saves = done % config.save_every == 0 or last
             if done in average_at:
                 kept.append([mean.clone() for mean in ema.shadow_params])
-            if done % config.log_every == 0 or saves:  # a run that goes on knows no losses before its state
+            if done % config.log_every == 0 or saves:  # at each save too: a resumed run lacks the earlier losses
                 mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
                 run.log(update=done, loss=mean, learning_rate=learning_rate(config, update), seconds=seconds)

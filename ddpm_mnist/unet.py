@@ -1,4 +1,4 @@
-"""The teacher's network: a UNet2DModel of diffusers from a config, and its folder on disk."""
+"""Create the teacher's network, a diffusers UNet2DModel, and save and load it."""
 
 import tempfile
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class UNetConfig:
     """The teacher's network."""
 
     block_out_channels: tuple[int, ...] = (16, 32, 64)
-    """Channels of each resolution, from the images' own down; the resolution halves from one to the next."""
+    """Channels at each resolution, from the images' resolution down; each next resolution is half of the previous."""
     layers_per_block: int = 1
-    """Residual blocks per resolution on the way down, at least 1; one more on the way up."""
+    """Residual blocks per resolution in the down path, at least 1; the up path has one more."""
     norm_num_groups: int = 8
-    """Groups of every GroupNorm; divides every entry of `block_out_channels`."""
+    """Groups of every GroupNorm; must divide every entry of `block_out_channels`."""
     attention_head_dim: int = 16
-    """Channels per attention head; divides the last of `block_out_channels`. Attention sits there only."""
+    """Channels per attention head; must divide the last of `block_out_channels`. Only that resolution has attention."""
 
     def __post_init__(self) -> None:
         if not self.block_out_channels:
@@ -44,18 +44,18 @@ class UNetConfig:
 
 
 def make_unet(config: UNetConfig, channels: int = 1, size: int | tuple[int, int] = 28) -> UNet2DModel:
-    """A denoiser of the house: `eps = unet(x_t, t).sample`, x_t float (N, C, H, W), t long (N,) or scalar.
+    """Create a denoiser: `eps = unet(x_t, t).sample` with x_t float (N, C, H, W), t long (N,) or scalar.
 
     Args:
         channels: C, of the images and of ε.
         size: (H, W), or one number for both.
 
     Raises:
-        InputError: images of this size cannot be halved as often as `config` says.
+        InputError: H and W are not divisible by 2 for every resolution of `config` but the last.
     """
     height, width = (size, size) if isinstance(size, int) else size
     depth = len(config.block_out_channels)
-    multiple = 2 ** (depth - 1)  # an odd side would come back one pixel longer on the way up
+    multiple = 2 ** (depth - 1)  # an odd side would come out of the up path one pixel longer
     if height % multiple or width % multiple:
         raise InputError(
             f"images of {height}×{width} pixels cannot be halved {depth - 1} times, as {depth} block_out_channels "
@@ -81,13 +81,14 @@ def save_teacher(unet: UNet2DModel, folder: Path, eps_scale: float = 1.0) -> Non
     with tempfile.TemporaryDirectory(prefix=".", suffix=HALF, dir=folder) as beside:
         try:
             pipeline.save_pretrained(beside)
-        except SafetensorError as error:  # of a full disk, for one
+        except SafetensorError as error:  # e.g. on a full disk
             raise InputError(f"cannot write {folder}: {error}") from error
-        # Weights first: a folder with a config is whole. Not renamed: safetensors lets only the owner read its files.
+        # Weights first, so that a folder with a config is complete. Files are copied instead of moved, because
+        # safetensors creates them readable by their owner only.
         for path in sorted(Path(beside).rglob("*.*"), key=lambda path: path.suffix == ".json"):
             write_bytes(folder / path.relative_to(beside), path.read_bytes())
 
 
 def load_teacher(folder: Path = PRETRAINED) -> UNet2DModel:
-    """The teacher in `folder` (by default the released one), in evaluation mode, its parameters frozen."""
+    """Load the teacher in `folder`, by default the released one, in evaluation mode with frozen parameters."""
     return UNet2DModel.from_pretrained(folder, subfolder="unet").eval().requires_grad_(False)

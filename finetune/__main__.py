@@ -1,4 +1,4 @@
-"""`python -m finetune` is `efficientdm run`."""
+"""Run `efficientdm run` as `python -m finetune`."""
 
 import sys
 

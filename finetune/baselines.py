@@ -1,11 +1,16 @@
-"""EfficientDM as its authors' training code has it (arXiv 2310.03270), on this teacher: what to compare with.
+"""The baseline "published": EfficientDM as in its authors' training code (arXiv 2310.03270), for the same teacher.
 
-Its rules, where they differ from `finetune.distill`: trajectories with η = 1 and ε as it is; all denoising steps of a
-layer start from one range, searched over mixed timesteps; the adapters sit on weights that are rounded to their codes
-already, and biases stay as they are; one update sees one timestep, in order, along the same trajectories; learning
-rates as below, with linear decay and neither warm-up nor clipping of gradients. Theirs is AdamW, here it is Adam
-without the decay of weights. Its loss is summed instead of averaged, which means nothing to either. Bits, rank, batch
-and number of updates are the run's own, so that baselines compare at equal cost; and shortcuts are quantized here.
+Differences from `finetune.distill`:
+
+- The trajectories have η = 1 and no factor on ε.
+- All denoising steps of a layer start with the same range, searched over mixed timesteps.
+- The adapters are added to weights that are already rounded to their codes; biases are not trained.
+- Each update trains one timestep; T consecutive updates follow the same trajectories in order.
+- The learning rates are those below, with linear decay, without warm-up and gradient clipping.
+
+Differences from the authors' code: Adam without weight decay instead of AdamW, a mean loss instead of a sum (to which
+Adam is invariant), and quantized shortcuts. Bits, rank, batch size and number of updates are those of the run, so that
+baselines are compared at equal cost.
 """
 
 import dataclasses
@@ -22,7 +27,7 @@ from finetune.distill import DistillConfig, distillation_loss, fit, parameter_gr
 from finetune.trajectories import Trajectories
 from quant import QuantConfig, QuantizedUNet, calibrate, quantize
 
-# Learning rates: of the adapters as a factor of the layer's mean weight step size, the others as they are.
+# Learning rates: for the adapters relative to the layer's mean weight step size, for the others absolute.
 LR_ADAPTERS = 1 / 2500
 LEARNING_RATES = {"weight_scale": 1e-6, "act_scale": 5e-4, "act_zero_point": 5e-4}
 
@@ -35,7 +40,7 @@ def published_start(
     states: Mapping[int, Tensor],
     **conditions: Tensor,
 ) -> QuantizedUNet:
-    """A calibrated student whose steps all start alike, on weights that are rounded already."""
+    """Return a calibrated student with the same activation range at all denoising steps, and with rounded weights."""
     config = dataclasses.replace(config, bias_correction=False, reconstruction=False)
     common = quantize(unet, dataclasses.replace(config, per_step=False), timesteps)
     calibrate(common, states, **conditions)
@@ -56,7 +61,11 @@ def published_distill(
     seed: int,
     lr_factor: float,
 ) -> None:
-    """Train `student` in place; all learning rates times `lr_factor`, for its authors' are those of 16,000 updates."""
+    """Train `student` in place.
+
+    Args:
+        lr_factor: factor on all learning rates, which the authors chose for 16,000 updates.
+    """
     config = dataclasses.replace(
         config,
         objective="per-step-in-order",
@@ -64,7 +73,7 @@ def published_distill(
         scale_aware=True,
         lr_adapters=lr_factor * LR_ADAPTERS,
         lr_affine=0,
-        lr_weight_scales=1,  # these three as below
+        lr_weight_scales=1,  # these three only enable the groups; the rates are set below
         lr_act_scales=1,
         lr_zero_points=1,
         max_grad_norm=math.inf,

@@ -1,4 +1,4 @@
-"""The console script `efficientdm`: one subcommand per job, each a function with a typed config."""
+"""The console script `efficientdm`: one subcommand per job, each a function with a config dataclass."""
 
 import difflib
 import importlib
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
-    """Where a subcommand lives; nothing of it is imported before it is asked for."""
+    """The module, function and config class of a subcommand, imported only when it runs."""
 
     module: str
     function: str
     config: str
     help: str
     default: str | None = None
-    """The file of configs/ that is read where no --config is given."""
+    """Name of the YAML file in configs/ that is read without --config."""
 
 
 COMMANDS = {
@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The help of the script itself."""
+    """Return the help text of the script."""
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     return (
@@ -63,12 +63,12 @@ def main() -> None:
     """Run the subcommand that the command line names."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the caller)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # Windows gives a pipe an encoding that has no ε and no ↓
+    for stream in (sys.stdout, sys.stderr):  # the encoding of pipes on Windows lacks ε and ↓
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        if hasattr(signal, "SIGPIPE"):  # a reader that leaves, as `head` does, is no error
+        if hasattr(signal, "SIGPIPE"):  # a reader that closes the pipe early, e.g. `head`, is no error
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         print(usage())
         sys.exit(0 if arguments else 2)
@@ -85,13 +85,14 @@ def main() -> None:
 
 
 def start(name: str, prog: str, arguments: list[str]) -> None:
-    """Run the command of that name with the words `arguments`; messages begin with `prog`."""
+    """Run the command `name` with the command-line `arguments`; its messages begin with `prog`."""
 
     def leave(*_: Any) -> None:
         os.write(2, f"{prog}: interrupted\n".encode())
         os._exit(130)
 
-    # Only now: torch and diffusers take seconds to import. An exception in the midst of it they may take for another.
+    # Importing torch and diffusers takes seconds, so it happens only here. Ctrl-C exits directly meanwhile, because
+    # their import code may catch a KeyboardInterrupt and report another error.
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)

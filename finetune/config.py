@@ -1,4 +1,4 @@
-"""The config of a student: how it is made, scored and drawn."""
+"""The config of a run: how a student is trained, scored and sampled."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -17,45 +17,46 @@ from quant import QuantConfig
 
 @dataclass
 class RunConfig:
-    """A student: made, scored and drawn."""
+    """How a student is trained, scored and sampled."""
 
     output: Path = Path("runs/student")
-    """Run folder. A run that was interrupted goes on from its last state."""
+    """Run folder. An interrupted run resumes from its last saved state."""
     teacher: str = "teacher"
-    """The full-precision model: a released name, or a folder of diffusers."""
+    """The full-precision model: the name of a released model, or a diffusers folder."""
     seed: int = 0
-    """Seeds the adapters, the noise of the buffer and, with the update's number, what an update draws: 0 to 8191."""
+    """Seed of the adapters, of the trajectories' noise and, with the number of the update, of its random numbers: 0 to
+    8191."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     student: QuantConfig = field(default_factory=QuantConfig)
     recipe: str = "distill"
-    """"distill": as the sections student and distill say. "published": as the paper's training code has it
-    (finetune/baselines.py), with their bits, rank, batch and number of updates."""
+    """"distill": the settings of the sections student and distill. "published": the paper's training code
+    (finetune/baselines.py), with the bits, rank, batch size and number of updates of these sections."""
     lr_factor: float = 1.0
-    """What the published learning rates are multiplied with, above 0, under that recipe alone."""
+    """Factor on the learning rates of the recipe "published", above 0."""
     teacher_steps: int = 1
-    """Steps of the teacher that one step of the student stands for, at least 1."""
+    """Teacher steps per student step, at least 1."""
     num_trajectories: int = 1024
-    """Trajectories of the teacher in the buffer, from 1 to 2^18."""
+    """Teacher trajectories to train on, from 1 to 2^18."""
     calibration_trajectories: int = 64
-    """How many of them the calibration of the activations looks at, at least 1."""
+    """Number of these trajectories that calibrate the activation ranges, at least 1."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     data: str = "mnist"
-    """For distill.objective "denoising" alone: the images, as the teacher's config names them."""
+    """Training images for distill.objective "denoising", as in the config of `efficientdm teacher`."""
     num_images: int = 2000
-    """Images to score each model on, at least 2 and grid_columns."""
+    """Images to score each model on, at least 2 and at least grid_columns."""
     features: str | None = None
-    """The ruler: a folder of `efficientdm features`, or "inception". None: the released one, of MNIST. Images that it
-    does not fit are compared with the teacher's alone."""
+    """Feature network of the scores (the ruler): a folder of `efficientdm features`, or "inception". None: the released
+    one, for MNIST. Images of another shape are only compared with the teacher's."""
     score_seed: int = 0
-    """The first seed of the images that are scored, 0 to 2^31 - num_images."""
+    """First seed of the scored images, 0 to 2^31 - num_images."""
     batch_size: int = 64
-    """Images that are sampled at once, at least 1."""
+    """Images to sample at once, at least 1."""
     grid_columns: int = 12
     """Images per row of the grid, at least 1."""
     runtime: str = "integer"
-    """How the student runs when it is scored: "integer", or "simulated" in float."""
+    """Runtime of the student when it is scored: "integer", or "simulated" in float."""
     tracker: str = "none"
-    """Where the loss, step sizes and the grid are shown besides: "none", "tensorboard", "wandb" or "trackio"."""
+    """Experiment tracker for loss, step sizes and grid: "none", "tensorboard", "wandb" or "trackio"."""
 
     def __post_init__(self) -> None:
         if self.recipe not in ("distill", "published"):
@@ -88,19 +89,19 @@ class RunConfig:
 
     @property
     def uses_data(self) -> bool:
-        """Whether the student learns from images instead of the teacher's trajectories."""
+        """Whether the student is trained on images instead of the teacher's trajectories."""
         return self.recipe == "distill" and self.distill.objective == "denoising"
 
     @property
     def teacher_sampler(self) -> SamplerConfig:
-        """How the teacher fills the buffer."""
+        """The sampler of the teacher's trajectories."""
         if self.recipe == "published":
             return dataclasses.replace(self.sampler, solver="ddim", eta=1.0, eps_scale=1.0)
         return dataclasses.replace(self.sampler, num_steps=self.sampler.num_steps * self.teacher_steps)
 
 
 def student_fields(config: RunConfig) -> dict[str, Any]:
-    """Return the fields of `config` that decide the student, and the rule of the noise that it starts from."""
+    """Return the fields of `config` that determine the student, and the name of the noise generator."""
     fields = dataclasses.asdict(config)
     for free in ("output", "teacher", "num_images", "features", "score_seed", "grid_columns", "tracker"):
         del fields[free]
@@ -110,6 +111,6 @@ def student_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def fingerprint(config: RunConfig, teacher: Model) -> dict[str, Any]:
-    """Return everything that decides the student: its part of the config, the teacher's weights and schedule."""
+    """Return everything that determines the student: `student_fields`, and the teacher's weights and scheduler."""
     of_teacher = {"teacher's weights": teacher.weights_digest(), "teacher's scheduler": teacher.schedule.fields}
     return student_fields(config) | of_teacher

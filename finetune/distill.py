@@ -1,4 +1,4 @@
-"""Distillation without data: objectives, parameter groups, loop."""
+"""Distil a student without data: objectives, parameter groups, training loop."""
 
 import math
 import time
@@ -23,44 +23,48 @@ OBJECTIVES = ("rollout", "per-step", "per-step-in-order", "denoising")
 
 @dataclass
 class DistillConfig:
-    """How the student learns."""
+    """How the student is distilled."""
 
     objective: str = "rollout"
-    """"rollout": K student steps against the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7), over
-    mixed timesteps; "per-step-in-order": one timestep per update, in the order of the denoising, as published.
-    "denoising": DDPM's own loss on images instead (needs the data), at the sampler's timesteps, to compare with."""
+    """"rollout": K student steps, compared with the teacher's trajectory. "per-step": the paper's loss on ε (eq. 7) at
+    random timesteps; "per-step-in-order": at one timestep per update, in denoising order, as in the paper's code.
+    "denoising": DDPM's loss on training images at the sampler's timesteps, for comparison."""
     learn: str = "adapters"
-    """"adapters": B·A beside the frozen weights (QALoRA). "weights": all weights, biases and normalisations."""
+    """"adapters": the low-rank product B·A added to the frozen weights (QALoRA). "weights": all weights, biases and
+    normalisations."""
     num_updates: int = 300
-    """Optimiser updates, at least 0, which leaves the calibrated student as it is."""
+    """Optimizer updates, at least 0. 0: the calibrated student is not trained."""
     batch_size: int = 40
-    """Trajectories ("rollout") or states ("per-step") per update and process, at least 1: p processes learn as one with
-    p times as many."""
+    """Trajectories ("rollout") or states (other objectives) per update and process, at least 1. p processes train with
+    p times this batch size."""
     rollout_steps: int = 2
     """K, the student's steps per rollout, from 1 to the sampler's number of steps."""
     lr_adapters: float = 3e-2
-    """Learning rate of A and B as a factor of the mean weight step size, at least 0: see scale_aware."""
+    """Learning rate of A and B, as a multiple of the mean weight step size (see scale_aware), at least 0."""
     scale_aware: bool = True
-    """Take that mean over each layer, for a learning rate of its own (eq. 8), or over the mean of all layers."""
+    """Whether that mean is taken per layer, so that each layer has its own learning rate (eq. 8), or over all
+    layers."""
     lr_weights: float = 0.02
-    """Learning rate of the weights as a factor of the same mean, at least 0, if they are what is learned."""
+    """Learning rate of the weights, biases and normalisations, as a multiple of the same mean, at least 0. Used if
+    learn is "weights"."""
     lr_affine: float = 7e-3
-    """Learning rate of what stays in float beside the adapters, at least 0: of biases as a factor of the mean step size
-    of their layer's input, of normalisations as a factor of the mean over all layers. Finer codes ask for less."""
+    """Learning rate of biases and normalisations beside the adapters, at least 0: for biases a multiple of the mean
+    step size of their layer's input, for normalisations of the mean over all layers. Smaller step sizes need a smaller
+    value."""
     lr_weight_scales: float = 1e-3
-    """Learning rate of the weight step sizes as a factor of the layer's mean one, at least 0."""
+    """Learning rate of the weight step sizes, as a multiple of their mean in the layer, at least 0."""
     lr_act_scales: float = 5e-3
-    """Learning rate of the activation step sizes as a factor of the layer's mean one, at least 0."""
+    """Learning rate of the activation step sizes, as a multiple of their mean in the layer, at least 0."""
     lr_zero_points: float = 1e-2
     """Learning rate of the zero points, in codes, at least 0."""
     warmup_updates: int = 20
-    """Updates over which the learning rates rise, at least 0; they fall to zero along a cosine from there."""
+    """Updates of linear warm-up of the learning rates, at least 0. A cosine decay to zero spans the whole run."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm, above 0."""
+    """Gradients are clipped to this norm, above 0."""
     log_every: int = 10
-    """Updates between two lines of log.jsonl, at least 1. A saved state has a line as well."""
+    """Updates between lines of log.jsonl, at least 1. Every saved state has a line as well."""
     save_every: int = 50
-    """Updates between two saved states, at least 1."""
+    """Updates between saved states, at least 1."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -84,12 +88,12 @@ class DistillConfig:
 
 
 def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: int) -> tuple[Tensor, Tensor]:
-    """The trajectories and the steps, each long (batch_size,), that the update of that number looks at.
+    """Draw the trajectories and steps of one update, each long (batch_size,).
 
-    Here and below the config's batch_size is that of all processes together.
+    Here and below, the config's batch_size is the sum over all processes.
     """
     count, num_steps = buffer.outputs.shape[:2]
-    in_order = config.objective == "per-step-in-order"  # one pass of T updates follows the same trajectories
+    in_order = config.objective == "per-step-in-order"  # T consecutive updates follow the same trajectories
     generator = update_generator(seed, update // num_steps if in_order else update)
     who = torch.randint(count, (config.batch_size,), generator=generator)
     if in_order:
@@ -97,15 +101,16 @@ def draw_batch(config: DistillConfig, buffer: Trajectories, seed: int, update: i
     elif config.objective == "per-step":
         step = torch.randint(num_steps, (config.batch_size,), generator=generator)
     else:
-        # Windows that overlap an end are pushed inside: with starts drawn from the inside alone, the first and the
-        # last step of the sampler would be seen K times less than those in the middle, and the last makes the image.
+        # Windows of K steps that overlap an end of the trajectory are shifted inside. If starts were drawn only where
+        # the window fits, the first and last step would be trained K times less often than those in the middle, and
+        # the last step produces the image.
         step = torch.randint(1 - config.rollout_steps, num_steps, (config.batch_size,), generator=generator)
         step = step.clamp(0, num_steps - config.rollout_steps)
     return who.to(buffer.x.device), step.to(buffer.x.device)
 
 
 def per_step_loss(student: QuantizedUNet, solver: Solver, buffer: Trajectories, who: Tensor, step: Tensor) -> Tensor:
-    """‖ε_θ(x_t, t) − ε̂(x_t, t)‖² (EfficientDM, eq. 7), averaged over the batch; v or x0 where that is the answer."""
+    """Return the mean of (ε_θ(x_t, t) − ε̂(x_t, t))² (EfficientDM, eq. 7); of v or x0 for these prediction types."""
     output = solver.model_output(student, step, buffer.x[who, step], buffer.conditions_of(who))
     return (output - buffer.outputs[who, step]).square().mean()
 
@@ -113,10 +118,10 @@ def per_step_loss(student: QuantizedUNet, solver: Solver, buffer: Trajectories, 
 def rollout_loss(
     student: QuantizedUNet, solver: Solver, buffer: Trajectories, who: Tensor, step: Tensor, rollout_steps: int
 ) -> Tensor:
-    """Σ_k ‖x̂_k − x_k‖² / K along K student steps from a state of the teacher's trajectory.
+    """Return Σ_k ‖x̂_k − x_k‖² / K over K student steps x̂_k from a state of the teacher's trajectory x_k.
 
-    Each sample of the batch starts at a step of its own. A solver with memory (DPM-Solver++) starts from the
-    teacher's x0 of the step before, and hands on the student's own after that.
+    Each sample of the batch starts at its own step. A multistep solver (DPM-Solver++) uses the teacher's x0 of the
+    previous step in the first step, and the student's after that.
     """
     before = (step - 1).clamp(min=0)
     x, conditions = buffer.x[who, step], buffer.conditions_of(who)
@@ -133,7 +138,7 @@ def rollout_loss(
 def denoising_loss(
     student: QuantizedUNet, solver: Solver, images: Tensor, config: DistillConfig, seed: int, update: int
 ) -> Tensor:
-    """‖ε − ε̂(√ᾱ_t·x₀ + √(1−ᾱ_t)·ε, t)‖² (DDPM, arXiv 2006.11239, eq. 14) at the sampler's timesteps.
+    """Return ‖ε − ε̂(√ᾱ_t·x₀ + √(1−ᾱ_t)·ε, t)‖² (DDPM, arXiv 2006.11239, eq. 14) at the sampler's timesteps.
 
     Args:
         images: uint8 (M, H, W) or (M, H, W, C), without classes.
@@ -153,7 +158,7 @@ def denoising_loss(
 def distillation_loss(
     student: QuantizedUNet, solver: Solver, buffer: Trajectories, config: DistillConfig, seed: int, update: int
 ) -> Tensor:
-    """The loss of the update of that number, for the objectives that need no data, over this process's part of it."""
+    """Return the loss of one update for an objective without data, over this process's part of the batch."""
     who, step = map(processes.own_part, draw_batch(config, buffer, seed, update))
     if config.objective == "rollout":
         return rollout_loss(student, solver, buffer, who, step, config.rollout_steps)
@@ -161,10 +166,10 @@ def distillation_loss(
 
 
 def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict[str, Any]]:
-    """What is learned, each with its learning rate; nothing else is. Sets `requires_grad` accordingly.
+    """Return the optimizer's parameter groups with their learning rates, and set `requires_grad` accordingly.
 
-    Under Adam a factor on the gradient changes nothing, so the update of B·A is kept in proportion to the layer's
-    mean weight step size s̄ (scale-aware, EfficientDM, eq. 8) by its learning rate, one per layer.
+    Adam is invariant to the scale of the gradient. So the learning rate, one per layer, keeps the update of B·A
+    proportional to the layer's mean weight step size s̄ (scale-aware, EfficientDM, eq. 8).
 
     Raises:
         ValueError: the student is frozen.
@@ -201,7 +206,7 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
 
 
 def cosine_decay(config: DistillConfig, update: int) -> float:
-    """What the learning rates are multiplied with: linear warm-up, then a cosine to zero."""
+    """Return the factor on the learning rates: linear warm-up times cosine decay to zero."""
     warmup = min((update + 1) / max(config.warmup_updates, 1), 1.0)
     return warmup * 0.5 * (1 + math.cos(math.pi * update / config.num_updates))
 
@@ -215,10 +220,10 @@ def distill(
     seed: int,
     images: Tensor | None = None,
 ) -> None:
-    """Train `student` in place on the teacher's `buffer`, or go on from the state in `run`.
+    """Train `student` in place on the teacher's trajectories `buffer`, or resume from the state in `run`.
 
     Args:
-        images: uint8 (M, H, W) or (M, H, W, C), for the objective "denoising" alone.
+        images: uint8 (M, H, W) or (M, H, W, C), for the objective "denoising" only.
     """
 
     def loss(update: int) -> Tensor:
@@ -239,10 +244,14 @@ def fit(
     run: RunState,
     decay: Callable[[DistillConfig, int], float] = cosine_decay,
 ) -> None:
-    """Minimise `loss_of` over the parameters of `groups`, or go on from the state in `run`.
+    """Minimise `loss_of` over the parameters of `groups`, or resume from the state in `run`.
 
-    What an update draws must be a function of its number, so that a resumed run equals an uninterrupted one. Several
-    processes begin with the same student; `loss_of` is over a process's own part of the batch.
+    With several processes all must start with the same student.
+
+    Args:
+        loss_of: maps the number of an update to the loss of this process's part of its batch. Its random numbers must
+            depend on that number only, so that a resumed run equals an uninterrupted one.
+        decay: returns the factor on the learning rates for an update.
     """
     optimizer = torch.optim.Adam(groups, lr=0.0, fused=True)
     learned = [parameter for group in groups for parameter in group["params"]]
@@ -277,7 +286,7 @@ def fit(
             done = update + 1
             seconds = seconds_before + time.monotonic() - start
             saves = done % config.save_every == 0 or done == config.num_updates
-            if done % config.log_every == 0 or saves:  # a run that goes on knows no losses before its state
+            if done % config.log_every == 0 or saves:  # at each save too: a resumed run lacks the earlier losses
                 mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
                 run.log(update=done, loss=mean, learning_rate_factor=factor, seconds=seconds)
@@ -288,7 +297,7 @@ def fit(
 
 
 def mean_step_sizes(student: QuantizedUNet) -> dict[str, float]:
-    """The mean step size of each layer's weight, over channels, and of its input, over denoising steps."""
+    """Return the mean step size of each layer's weight, over channels, and of its input, over denoising steps."""
     means = {}
     for name, layer in student.layers():
         means[f"weight_step_size/{name}"] = layer.weight_quantizer.scale.mean().item()
@@ -298,7 +307,7 @@ def mean_step_sizes(student: QuantizedUNet) -> dict[str, float]:
 
 @torch.no_grad()
 def keep_step_sizes_positive(groups: list[dict[str, Any]]) -> None:
-    """Stop a step size that heads for zero at its group's floor: beyond it codes change their sign."""
+    """Clamp step sizes to the floor of their group: a negative step size would flip the sign of the codes."""
     for group in groups:
         if group["floor"] is not None:
             for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""The ladder: what each technique gives, and what each bit costs, on one teacher with one ruler."""
+"""The ladder: an ablation study of the techniques and bit-widths, with one teacher and one feature network."""
 
 import dataclasses
 import difflib
@@ -36,38 +36,39 @@ from quant.context import plain_torch
 
 Changes = dict[str, Any]
 NO_TRAINING: Changes = {"distill.num_updates": 0}
-# The paper leaves biases and normalisations as they are.
+# The paper does not train biases and normalisations.
 FIXED: Changes = {"distill.lr_affine": 0.0}
 PER_STEP: Changes = {"distill.objective": "per-step", **FIXED}
 DENOISING: Changes = {"distill.objective": "denoising"}
-# The last shortcut keeps its 8 bits: the paper's code leaves all shortcuts in full precision.
+# The last shortcut keeps its 8 bits, because the paper's code has all shortcuts in full precision.
 PAPER: Changes = {"student.split_skips": False, "student.bias_correction": False}
 PLAIN: Changes = {**PAPER, "student.per_step": False}
 WEIGHTS: Changes = {"distill.learn": "weights"}
 
 
 class Rung(NamedTuple):
-    """A student to make and to score, or with `of` that of another rung, scored in another number of steps."""
+    """One variant of the ablation: a student to train and score, or another rung's student in other numbers of steps."""
 
     changes: Mapping[str, Any] = MappingProxyType({})
-    """Fields of the base that it changes, and their values."""
+    """Fields of the base config that the rung changes, and their values."""
     update_factor: int = 1
     """Factor on the base's number of updates."""
     repeated: bool = False
-    """Made several times, each distillation with a seed of its own: see `LadderConfig.seeds`."""
+    """Whether the student is distilled several times with different seeds (see `LadderConfig.seeds`)."""
     of: str = ""
+    """Name of the rung whose student is scored; empty: the rung's own."""
     num_steps: int = 0
-    """0: as the base samples."""
+    """Denoising steps of the scored images; 0: the base's."""
 
 
 def bits(weight_bits: float, act_bits: int) -> Changes:
-    """A rung of these widths."""
+    """Return the changes for these bit-widths."""
     return {"student.weight_bits": weight_bits, "student.act_bits": act_bits}
 
 
-# Every rung in the order of the table; the full method is the base itself.
+# All rungs in the order of the table; the full method is the base config itself.
 RUNGS: dict[str, Rung] = {
-    # Quantization alone, as in the literature; then the paper's three techniques, one upon the other.
+    # Post-training quantization only; then the paper's three techniques, added one after another.
     "ptq-min-max": Rung({**NO_TRAINING, **PLAIN, "student.search": "min-max"}),
     "ptq-error": Rung({**NO_TRAINING, **PLAIN}),
     "ptq-error-per-step": Rung({**NO_TRAINING, **PAPER}),
@@ -75,26 +76,26 @@ RUNGS: dict[str, Rung] = {
     "qalora": Rung({**PER_STEP, **PLAIN, "distill.scale_aware": False}, repeated=True),
     "scale-aware": Rung({**PER_STEP, **PLAIN}, repeated=True),
     "talsq": Rung({**PER_STEP, **PAPER}, repeated=True),
-    # The objective, from `ptq` on.
+    # Objectives, all starting from `ptq`.
     "denoising": Rung({**DENOISING, **FIXED}),
     "in-order": Rung({**PER_STEP, "distill.objective": "per-step-in-order"}),
     "per-step": Rung(PER_STEP, repeated=True),
     "rollout": Rung(FIXED, repeated=True),
     "full": Rung(repeated=True),
-    # What each part beyond the paper gives: `full` without it; without learned biases and normalisations: `rollout`.
+    # Each extension of the paper removed from `full`; without trained biases and normalisations it is `rollout`.
     "no-edge-shortcut": Rung({"student.edge_shortcut": False}, repeated=True),
     "no-split-skips": Rung({"student.split_skips": False}, repeated=True),
     "no-bias-correction": Rung({"student.bias_correction": False}, repeated=True),
-    # Where TALSQ pays: `full` and `w2a4` without it.
+    # `full` and `w2a4` without TALSQ.
     "one-scale": Rung({"student.per_step": False}, repeated=True),
     "w2a4-one-scale": Rung({**bits(2, 4), "student.per_step": False}, repeated=True),
     # Baselines.
-    # Of the factors 0.3, 1, 2, 4 and 10 on its learning rates, meant for 16,000 updates, 2 gives the lowest FID.
+    # Its learning rates are meant for 16,000 updates. Of the factors 0.3, 1, 2, 4 and 10, 2 has the lowest FID.
     "published": Rung({"recipe": "published", "lr_factor": 2.0, **PAPER}),
     "full-fine-tuning": Rung(WEIGHTS),
     "lsq": Rung({**WEIGHTS, **DENOISING}),
     "lsq-x10": Rung({**WEIGHTS, **DENOISING}, update_factor=10),
-    # What each bit costs.
+    # Bit-widths.
     "w8a8": Rung(bits(8, 8)),
     "w6a6": Rung(bits(6, 6)),
     "w4a8": Rung(bits(4, 8)),
@@ -106,15 +107,15 @@ RUNGS: dict[str, Rung] = {
     "w1.58a4": Rung(bits(1.58, 4)),
     "w1.58a2": Rung(bits(1.58, 2)),
     "w1a4": Rung(bits(1, 4)),
-    # Other numbers of steps: the student of T steps, then students that were made for fewer.
+    # Numbers of steps: the student of `full` in fewer and more steps, then students trained for fewer steps.
     "full-10-steps": Rung(of="full", num_steps=10),
     "full-40-steps": Rung(of="full", num_steps=40),
     "for-10-steps": Rung({"sampler.num_steps": 10, "teacher_steps": 2}, num_steps=10),
     "for-5-steps": Rung({"sampler.num_steps": 5, "teacher_steps": 4}, num_steps=5),
 }
 
-# The seven steps from a teacher to the whole, and the rungs that they are. Between two of them the start may change as
-# well: step 3 begins from ranges by error, step 6 from split skips and corrected biases.
+# Seven steps from the teacher to the full method, and their rungs. A step may also change the calibration: step 3
+# starts from ranges of minimal error, step 6 from split skips and corrected biases.
 STEPS = {
     "step1": "teacher",
     "step2": "ptq-min-max",
@@ -125,32 +126,33 @@ STEPS = {
     "step7": "full",
 }
 
-# The teacher's own rows: numbers of steps beside the base's.
+# Numbers of steps to score the teacher at, besides the base's.
 TEACHER_STEPS = (5, 10, 40, 50)
-# A rung's images, beside its score.
+# File of a rung's images, in the folder of its score.
 IMAGES = "images.pt"
-# Trajectories whose errors are drawn.
+# Number of trajectories in the chart of errors.
 PATHS = 64
-# Trajectories of so many seeds and samplers are kept in memory.
+# Number of trajectory buffers (of different seeds and samplers) kept in memory.
 KEPT_BUFFERS = 3
-# Rungs that are shown more closely: their step sizes, and the denoising of a digit.
+# Rungs with figures of their step sizes and of the denoising of a digit.
 SHOWN = ("ptq", "full", "w2a4")
-# Rungs that stand beside the full method where FID is drawn over bits.
+# Rungs shown beside the full method in the chart of FID over bits.
 BASELINES = ("ptq", "rollout", "published", "full-fine-tuning", "lsq", "lsq-x10")
 
 
 @dataclass
 class LadderConfig:
     output: Path = Path("runs/ladder")
-    """Folder for a run folder per rung and seed, and for the tables and pictures."""
+    """Folder for the tables and figures, with a run folder per rung and seed."""
     rungs: tuple[str, ...] = tuple(RUNGS)
-    """Rungs to climb, also as step1 to step7, "teacher" for none; one that is finished is not run again."""
+    """Rungs (variants) to run, also by the names step1 to step7; "teacher": score the teacher only. Finished rungs are
+    not run again."""
     seeds: int = 3
-    """Distillations, at least 1, of those rungs whose spread is told; of the others there is one."""
+    """Distillations of each rung that has a standard deviation in the table, at least 1; other rungs have one."""
     teacher_steps: tuple[int, ...] = TEACHER_STEPS
-    """Numbers of steps to score the teacher at, each at least 1, beside the base's."""
+    """Numbers of steps to score the teacher at, besides the base's, each at least 1."""
     base: RunConfig = field(default_factory=RunConfig)
-    """The full method; every rung changes a part of it. Its runtime and grid_columns serve all rungs."""
+    """The full method, which every rung changes in part. Its runtime and grid_columns apply to all rungs."""
 
     def __post_init__(self) -> None:
         named = self._named()
@@ -170,7 +172,7 @@ class LadderConfig:
         for field_name in ("output", "recipe", "distill.objective", "distill.learn"):
             if attrgetter(field_name)(self.base) != attrgetter(field_name)(RunConfig()):
                 raise ValueError(f"base.{field_name} must be left out: each rung has its own")
-        # What a later rung would refuse is refused before anything long starts.
+        # Validate the configs of all rungs before the first one runs.
         for num_steps in self.teacher_steps:
             if num_steps < 1:
                 raise ValueError(f"teacher_steps must be at least 1, not {num_steps}")
@@ -184,26 +186,29 @@ class LadderConfig:
 
     @property
     def students(self) -> list[str]:
-        """The rungs by their names in `RUNGS`, without the teacher."""
+        """Names of the rungs in `RUNGS`, without the teacher."""
         return [name for name in self._named() if name != "teacher"]
 
     def distillations(self, name: str) -> range:
-        """The numbers of the rung's distillations."""
+        """Return the numbers of the rung's distillations, from 0."""
         return range(self.seeds if RUNGS[name].repeated else 1)
 
 
 @plain_torch()
 def climb(config: LadderConfig) -> Path:
-    """Run the rungs, each into a folder of its own, and write one table and the pictures of all.
+    """Run an ablation study: train and score the student of every rung, and write a table and figures of all.
 
-    All rungs of one ladder get as many network evaluations an update. Images are compared with those of the teacher
-    in the base's number of steps, whatever number they took themselves. Returns the table.
+    All rungs have the same number of network evaluations per update. Their images are compared with the teacher's in
+    the base's number of steps.
 
-    Several processes draw the reference together, then each makes and scores whole students, alone: the same as those
-    of one process. All must see the folder.
+    Several processes sample the teacher's images together, then each trains and scores whole students, with the same
+    results as one process. All processes must share the file system of the folder.
+
+    Returns:
+        The path of the table.
 
     Raises:
-        InputError: no such teacher, or a rung's folder belongs to another configuration.
+        InputError: the teacher does not exist, or a rung's folder belongs to another configuration.
     """
     teacher, ruler = load_teacher(config.base.teacher), load_ruler(config.base.features)
     _check_rungs(config, teacher, ruler)
@@ -211,13 +216,13 @@ def climb(config: LadderConfig) -> Path:
     with locked_folder(config.output):
         reference, _ = _images(config.output / "teacher", teacher, _drawing(config.base, 0))
         ladder = _Ladder(config, teacher, ruler, reference)
-        if processes.count() > 1:  # `collect` then finds every score in its file
+        if processes.count() > 1:  # `collect` then reads every score from its file
             ladder.share_out()
         return processes.from_main(ladder.collect)
 
 
 def _check_rungs(config: LadderConfig, teacher: Model, ruler: Ruler) -> None:
-    """Raise InputError for whatever a rung would refuse, before anything long starts."""
+    """Raise InputError for settings that a rung would refuse, before the first one runs."""
     base = config.base
     if ruler.reference is None or not ruler.fits(stored_shape(teacher)):
         raise InputError(
@@ -231,10 +236,10 @@ def _check_rungs(config: LadderConfig, teacher: Model, ruler: Ruler) -> None:
 
 
 class _Ladder:
-    """The rungs of one ladder: makes and scores each that is not finished.
+    """Trains and scores the unfinished rungs of a ladder.
 
     Args:
-        reference: the teacher's images in the base's number of steps, which all others are compared with.
+        reference: the teacher's images in the base's number of steps, with which all others are compared.
     """
 
     def __init__(self, config: LadderConfig, teacher: Model, ruler: Ruler, reference: torch.Tensor):
@@ -242,20 +247,20 @@ class _Ladder:
         self._buffers: dict[tuple[Any, ...], Trajectories] = {}
 
     def score_teacher(self, num_steps: int) -> dict[str, Any]:
-        """Score the teacher in that number of steps; 0: the base's."""
+        """Score the teacher in `num_steps` steps; 0: the base's."""
         name = f"teacher-{num_steps}-steps" if num_steps else "teacher"
         model = dataclasses.replace(self.teacher, name=name)
         return self._score(self.config.output / name, model, num_steps)
 
     def score_student(self, name: str, number: int) -> dict[str, Any]:
-        """Make the rung's student of that number, unless its folder holds it, and score it."""
+        """Train distillation `number` of the rung's student, unless its folder contains it, and score it."""
         rung, base = RUNGS[name], self.config.base
         made = rung.of or name
         folder = self.config.output / name / str(base.seed + number)
         print(f"Rung {name}, seed {base.seed + number}.")
         config = with_whole_batch(rung_config(base, made, self.config.output / made / folder.name, number))
         if (config.output / "state").exists():
-            RunState(config.output, fingerprint(config, self.teacher)).finish()  # refuses a rung of other settings
+            RunState(config.output, fingerprint(config, self.teacher)).finish()  # raises if the settings differ
         if not (config.output / "config.json").exists():
             _, state = distill_from(self.teacher, config, self._buffer(config))
             state.finish()
@@ -263,14 +268,14 @@ class _Ladder:
         return {**self._score(folder, student, rung.num_steps), "distillation_seed": config.seed}
 
     def share_out(self) -> None:
-        """Make and score all rungs, each distillation in one of the processes."""
+        """Distribute the distillations and their scores over the processes."""
         jobs = [[partial(self.score_teacher, num_steps)] for num_steps in (0, *self.config.teacher_steps)]
         for names, number in _students(self.config):
             jobs.append([partial(self.score_student, name, number) for name in names])
         processes.share_out(lambda scores: [score() for score in scores], jobs)
 
     def collect(self) -> Path:
-        """Score all rungs, and write the tables and pictures; return the table."""
+        """Score all rungs, write the tables and figures, and return the path of the table."""
         config = self.config
         scores = [self.score_teacher(num_steps) for num_steps in (0, *config.teacher_steps)]
         if not config.students:
@@ -287,7 +292,7 @@ class _Ladder:
         return _score(folder, model, _drawing(self.config.base, num_steps), self.reference, self.ruler)
 
     def _buffer(self, config: RunConfig) -> Trajectories:
-        """Return the trajectories that `config` learns from; those of the last few rungs are kept in memory."""
+        """Return the training trajectories of `config`; the last `KEPT_BUFFERS` are cached."""
         key = (*dataclasses.astuple(config.teacher_sampler), config.teacher_steps, config.seed)
         if key not in self._buffers:
             while len(self._buffers) >= KEPT_BUFFERS:
@@ -297,7 +302,7 @@ class _Ladder:
 
 
 def _students(config: LadderConfig) -> list[tuple[list[str], int]]:
-    """Every distillation of the ladder: the rungs that are scored of it, and its number. The longest come first."""
+    """Return every distillation of the ladder, the longest first: the rungs that score its student, and its number."""
     students: dict[tuple[str, int], list[str]] = {}
     for name in config.students:
         for number in config.distillations(name):
@@ -310,7 +315,7 @@ def _students(config: LadderConfig) -> list[tuple[list[str], int]]:
 
 
 def rung_config(base: RunConfig, name: str, output: Path, number: int = 0) -> RunConfig:
-    """`base` with the changes of the rung, for the distillation of that number."""
+    """Return `base` with the changes of the rung, for its distillation `number`."""
     changes = dict(RUNGS[name].changes)
     if changes.get("distill.objective", "rollout") != "rollout" or "recipe" in changes:
         changes["distill.batch_size"] = base.distill.batch_size * base.distill.rollout_steps
@@ -326,7 +331,7 @@ def rung_config(base: RunConfig, name: str, output: Path, number: int = 0) -> Ru
 
 
 def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
-    """How the images of a rung are drawn, in `num_steps` or, if that is 0, the base's."""
+    """Return the config for sampling a rung's images in `num_steps` steps; 0: the base's."""
     sampler = dataclasses.asdict(base.sampler)
     return DrawConfig(
         **{**sampler, "num_steps": num_steps or base.sampler.num_steps},
@@ -338,7 +343,7 @@ def _drawing(base: RunConfig, num_steps: int) -> DrawConfig:
 
 
 def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tensor, float]:
-    """The model's images, drawn once and kept in `folder`, and the seconds that they took."""
+    """Return the model's images and the seconds to sample them, from `folder` if they were sampled before."""
     path, origin = folder / IMAGES, origin_of(model, drawing)
     if not processes.from_main(path.exists):
         images, seconds = draw(model, drawing)
@@ -362,7 +367,7 @@ def _images(folder: Path, model: Model, drawing: DrawConfig) -> tuple[torch.Tens
 
 
 def _score(folder: Path, model: Model, drawing: DrawConfig, reference: torch.Tensor, ruler: Ruler) -> dict[str, Any]:
-    """The model's score against the teacher's images `reference`, measured once and kept in `folder`."""
+    """Return the model's score against the teacher's images `reference`, from `folder` if it was computed before."""
     path, origin = folder / "metrics.json", origin_of(model, drawing)
     if not path.exists():
         images, seconds = _images(folder, model, drawing)
@@ -391,7 +396,7 @@ def _write_tables(config: LadderConfig, scores: list[dict[str, Any]]) -> None:
 
 
 def _write_pictures(config: LadderConfig, teacher: Model, measured: list[dict[str, Any]]) -> None:
-    """Of every rung its first distillation is shown."""
+    """Write the figures, which show the first distillation of every rung."""
     base, folder, rows = config.base, config.output, summarise_scores(measured)
 
     def place(row: Row) -> Path:
@@ -410,7 +415,7 @@ def _write_pictures(config: LadderConfig, teacher: Model, measured: list[dict[st
         if row.name == "teacher" or (plots.is_whole(row) and not steps):
             widths.append((f"{'teacher' if row.bits == '32' else row.bits}\n{scores}", images[: base.grid_columns]))
         if row.num_steps == base.sampler.num_steps:
-            # From noise that neither scoring nor, unless it was asked for this very seed, distillation uses.
+            # MAX_SEED: noise that neither scoring nor, with any other seed, distillation uses.
             solver, at = teacher.solver(base.sampler), model.denoiser.device
             trajectories = make_trajectories(model.denoiser, solver, PATHS, MAX_SEED, device=at)
             label = f"{row.name} · {row.bits}"

@@ -1,4 +1,4 @@
-"""Make a student: the teacher's trajectories from noise → calibration → distillation → a frozen low-bit UNet."""
+"""Train a student: sample the teacher's trajectories, calibrate, distil, freeze."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ class Distilled:
     Attributes:
         ptq: the calibrated student before distillation, frozen (post-training quantization).
         student: the distilled student, frozen.
-        seconds: of each stage.
+        seconds: duration of each stage.
     """
 
     ptq: QuantizedUNet
@@ -45,15 +45,15 @@ class Distilled:
 
 
 def distill_student(config: RunConfig) -> None:
-    """Make a student: sample the teacher's trajectories from noise, calibrate, distil.
+    """Train a student: sample the teacher's trajectories from noise, calibrate, distil.
 
-    Needs no data, but for the objective "denoising". Several processes share out all but the calibration; the
-    config.yaml that they leave makes the same student in one.
+    No data is needed, except for the objective "denoising". Several processes share all stages but the calibration;
+    one process with the config.yaml that they write trains the same student.
 
     Writes config.yaml, model.safetensors, config.json, scheduler/, log.jsonl and state/ into the run folder.
 
     Raises:
-        InputError: no such teacher; the student cannot run as `runtime` says; or the folder belongs to another
+        InputError: the teacher does not exist, the student cannot run in `runtime`, or the folder belongs to another
             configuration.
     """
     _, run = distill_from(load_teacher(config.teacher), with_whole_batch(config))
@@ -67,12 +67,12 @@ def distill_from(
     buffer: Trajectories | None = None,
     announce: Callable[[RunConfig, Model, int], None] = lambda *_: None,
 ) -> tuple[Distilled, RunState]:
-    """Do what `distill_student` does, from a teacher that is loaded already; leave the run open for more.
+    """Train a student of a loaded teacher, as `distill_student` does, but leave the run open (and locked).
 
     Args:
-        config: with the batch of all processes together, see `with_whole_batch`.
-        buffer: the trajectories of `make_buffer`, if they are there already.
-        announce: called with config, teacher and the number of updates that are done already, before the long part.
+        config: with the batch size of all processes together (see `with_whole_batch`).
+        buffer: the result of `make_buffer`, if it exists already.
+        announce: called before the long stages with config, teacher and the number of finished updates.
     """
     solver = check_student(config, teacher)
     images = training_images(config, teacher) if config.uses_data else None
@@ -84,7 +84,7 @@ def distill_from(
     seconds = {"trajectories": time.monotonic() - start}
     made = make_student(config, teacher.denoiser, solver, buffer, run, images)
     write_json(config.output / "scheduler" / "scheduler_config.json", teacher.schedule.scaled(solver.eps_scale))
-    if processes.is_main():  # last: a folder with a config.json is whole
+    if processes.is_main():  # last, so that a folder with a config.json is complete
         made.student.save_pretrained(config.output)
     return dataclasses.replace(made, seconds=seconds | made.seconds), run
 
@@ -97,13 +97,13 @@ def make_student(
     run: RunState,
     images: Tensor | None = None,
 ) -> Distilled:
-    """Calibrate and distil a student of `unet` on the trajectories in `buffer`, or go on from the state in `run`.
+    """Calibrate and distil a student of `unet` on the trajectories in `buffer`, or resume from the state in `run`.
 
     Args:
-        images: uint8, for the objective "denoising" alone.
+        images: uint8, for the objective "denoising" only.
     """
     start = time.monotonic()
-    torch.manual_seed(config.seed)  # for the adapters
+    torch.manual_seed(config.seed)  # for the initial adapters
     with progress("calibration", 1) as advance:
         calibrated = calibrated_student(config, unet, solver, buffer)
         advance(1)
@@ -122,13 +122,13 @@ def make_student(
 
 
 def calibrated_student(config: RunConfig, unet: nn.Module, solver: Solver, buffer: Trajectories) -> QuantizedUNet:
-    """Quantize `unet`, and set its activation ranges from the first of the trajectories."""
+    """Quantize `unet`, and calibrate its activation ranges on the first `calibration_trajectories` trajectories."""
     timesteps, count = solver.timesteps.tolist(), config.calibration_trajectories
     states = calibration_states(buffer, solver, count)
     conditions = {name: value[:count] for name, value in buffer.conditions.items()}
     null = config.sampler.null_class
     if "class_labels" in conditions and null is not None and config.sampler.guidance_scale != 1:
-        # Guidance evaluates the network as often for this class as for all others.
+        # With guidance, half of the network's evaluations are for the null class.
         states = {t: torch.cat([x, x]) for t, x in states.items()}
         labels = conditions["class_labels"]
         conditions["class_labels"] = torch.cat([labels, torch.full_like(labels, null)])
@@ -140,18 +140,18 @@ def calibrated_student(config: RunConfig, unet: nn.Module, solver: Solver, buffe
 
 
 def calibration_states(buffer: Trajectories, solver: Solver, count: int) -> dict[int, torch.Tensor]:
-    """Return the first `count` trajectories' states x_t (count, C, H, W) at each timestep t of the solver."""
+    """Return the states x_t (count, C, H, W) of the first `count` trajectories at each timestep t of the solver."""
     return {t: buffer.x[:count, step] for step, t in enumerate(solver.timesteps.tolist())}
 
 
 def with_whole_batch(config: RunConfig) -> RunConfig:
-    """Return `config` with the batch of all processes together."""
+    """Return `config` with the distillation's batch size multiplied by the number of processes."""
     batch_size = config.distill.batch_size * processes.count()
     return dataclasses.replace(config, distill=dataclasses.replace(config.distill, batch_size=batch_size))
 
 
 def load_teacher(name: str) -> Model:
-    """Load a model as `load_model` does; raise InputError unless it is of full precision."""
+    """Load a model (see `load_model`); raise InputError unless it has full precision."""
     teacher = load_model(name)
     if teacher.weight_bits != 32:
         raise InputError(f'the teacher must be of full precision, "{name}" is {teacher.bits}')
@@ -159,7 +159,7 @@ def load_teacher(name: str) -> Model:
 
 
 def check_student(config: RunConfig, teacher: Model) -> Solver:
-    """Return the student's solver; raise InputError for whatever would fail only after the long part."""
+    """Return the student's solver; raise InputError for settings that would only fail after the long stages."""
     solver, teacher_solver = teacher.solver(config.sampler), teacher.solver(config.teacher_sampler)
     try:
         check_structure(teacher.denoiser)
@@ -177,7 +177,7 @@ def check_student(config: RunConfig, teacher: Model) -> Solver:
 
 
 def training_images(config: RunConfig, teacher: Model) -> torch.Tensor:
-    """Load the images that the objective "denoising" learns from; raise InputError unless they fit the teacher."""
+    """Load the images for the objective "denoising"; raise InputError unless they fit the teacher."""
     images = processes.from_main(lambda: load_images(config.data))
     if choose_conditions(teacher.denoiser, config.sampler, range(1)):
         raise InputError('distill.objective "denoising" is for teachers without classes')
@@ -187,7 +187,7 @@ def training_images(config: RunConfig, teacher: Model) -> torch.Tensor:
 
 
 def make_buffer(config: RunConfig, teacher: Model) -> Trajectories:
-    """Sample the teacher's trajectories from noise, one state per step of the student."""
+    """Sample the teacher's trajectories from noise, with one state per step of the student."""
     with progress("teacher's trajectories", config.num_trajectories) as advance:
         options = config.num_trajectories, config.seed, config.batch_size, device(), advance
         buffer = make_trajectories(teacher.denoiser, teacher.solver(config.teacher_sampler), *options)

@@ -1,4 +1,4 @@
-"""Estimate how long each stage of a run takes on this machine."""
+"""Estimate the duration of each stage of a run on this machine."""
 
 import time
 
@@ -11,20 +11,20 @@ from eval.models import Model
 from finetune.config import RunConfig
 from quant.integer.core import choose
 
-# Costs in evaluations of the teacher on one sample. Learning from one of the student: forwards and twice backwards make
-# three, and a student's update costs 1.5 times a teacher's (`finetune.step_cost`).
+# All costs are in teacher evaluations on one sample. Training on one student evaluation: the forward pass is 1, the
+# backward pass 2, and a student's update costs 1.5 times a teacher's (`finetune.step_cost`).
 LEARNING = 4.5
-# Calibration, for each state that it looks at, and what reconstruction adds.
+# Calibration per state, and its additional cost with reconstruction.
 CALIBRATION, RECONSTRUCTION = 13, 8
-# An evaluation of the student: simulated, and on integers (`efficientdm bench`).
+# One student evaluation: simulated, and with integers by instruction set (`efficientdm bench`).
 SIMULATED, INTEGER = 1.5, {"avx512vnni": 0.3, "avxvnni": 0.3, "avx2": 0.4, "portable": 5}
 
 
 def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
-    """Print the stages, and about how long each takes on this machine, from a few evaluations of the teacher.
+    """Time a few teacher evaluations, and print the stages of the run with their estimated durations.
 
     Args:
-        done: updates of an earlier start.
+        done: number of updates that were finished before the run was interrupted.
     """
     solver, options = teacher.solver(config.sampler), config.distill
     steps, teacher_steps = config.sampler.num_steps, config.teacher_sampler.num_steps
@@ -34,9 +34,9 @@ def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
     student = SIMULATED if config.runtime == "simulated" else INTEGER.get(choose().isa, 1)
     calibration = CALIBRATION + RECONSTRUCTION * config.student.reconstruction
     scored = config.num_images * steps
-    most = max(config.num_trajectories, config.num_images)  # of one batch
+    most = max(config.num_trajectories, config.num_images)  # no batch is larger
     unit = _seconds_per_evaluation(teacher, solver, min(config.batch_size, most))
-    stages = (  # and their costs, in evaluations of the teacher on one sample
+    stages = (  # (name, cost)
         (f"{config.num_trajectories} trajectories of {teacher_steps} steps", config.num_trajectories * teacher_steps),
         ("calibration", config.calibration_trajectories * steps * calibration),
         (f"{updates} updates of {options.batch_size}" + " rollouts" * rollout, evaluations * LEARNING),
@@ -49,7 +49,7 @@ def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
 
 @torch.no_grad()
 def _seconds_per_evaluation(teacher: Model, solver: Solver, batch_size: int) -> float:
-    """Of one sample in a batch, in the fastest of three."""
+    """Return the seconds of a teacher evaluation per sample: the fastest of three batches."""
     at = teacher.denoiser.device
     conditions = choose_conditions(teacher.denoiser, solver.config, range(batch_size))
     conditions = {name: value.to(at) for name, value in conditions.items()}

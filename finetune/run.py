@@ -1,4 +1,4 @@
-"""The main job: make a student → draw → score → grid → report."""
+"""Run the main job: train a student, sample, score, and write a grid and a report."""
 
 import dataclasses
 from pathlib import Path
@@ -30,13 +30,13 @@ Row = tuple[str, torch.Tensor]
 
 @plain_torch()
 def run(config: RunConfig) -> Path:
-    """The main job: trajectories from noise → calibration → distillation → scores → grid → report.
+    """Train a student (sample trajectories, calibrate, distil), score it, and write a grid of images and a report.
 
     Writes a run folder: the student, config.yaml, metrics.json (teacher, ptq, student), log.jsonl, grid.png,
     step_sizes.png, loss.png and report.html.
 
     Raises:
-        InputError: no such teacher, or the folder belongs to another configuration.
+        InputError: the teacher does not exist, or the folder belongs to another configuration.
     """
     config, ruler = with_whole_batch(config), load_ruler(config.features)
     teacher = load_teacher(config.teacher)
@@ -53,7 +53,7 @@ def run(config: RunConfig) -> Path:
 
 
 def models_of(config: RunConfig, teacher: Model, made: Distilled) -> list[Model]:
-    """Return teacher, calibrated and distilled student, as they run when they are scored."""
+    """Return the teacher, the calibrated and the distilled student, in the runtime in which they are scored."""
     bits = config.student.weight_bits, config.student.act_bits
     students = {"ptq": made.ptq, "student": made.student}
     return [
@@ -63,7 +63,7 @@ def models_of(config: RunConfig, teacher: Model, made: Distilled) -> list[Model]
 
 
 def score_models(config: RunConfig, models: list[Model], ruler: Ruler) -> tuple[list[Score], list[Row]]:
-    """Draw and score the models, the teacher first; return the scores, and a labelled row of the grid for each."""
+    """Sample from and score the models, the teacher first; return the scores and the labelled rows of the grid."""
     drawing = DrawConfig(
         **dataclasses.asdict(config.sampler),
         num_images=config.num_images,
@@ -85,7 +85,7 @@ def score_models(config: RunConfig, models: list[Model], ruler: Ruler) -> tuple[
 def write_pages(
     config: RunConfig, teacher: Model, made: Distilled, scores: list[Score], rows: list[Row], ruler: Ruler
 ) -> None:
-    """Write the pictures and report.html into the run folder, and print where they are."""
+    """Write the figures and report.html into the run folder, and print their paths."""
     student, log = made.student, read_log(config.output / "log.jsonl")
     conditions = choose_conditions(student, config.sampler, range(1))
     layers = summarise(student, teacher.shape, **{name: value.to(student.device) for name, value in conditions.items()})
@@ -114,7 +114,7 @@ def write_pages(
 
 
 def act_step_sizes(student: QuantizedUNet) -> tuple[tuple[str, ...], list[float], torch.Tensor]:
-    """Return the layers' names, the timesteps, and the activation step size of each layer at each of them."""
+    """Return the layer names, the timesteps, and the activation step sizes (layers, T or 1)."""
     names, layers = zip(*student.layers(), strict=True)
     scales = torch.stack([layer.act_quantizer.scale.detach().cpu() for layer in layers])
     return names, student.clock.timesteps, scales

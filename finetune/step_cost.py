@@ -1,4 +1,4 @@
-"""What one update costs, in time and memory: distillation beside plain training of the teacher, in one run."""
+"""Measure time and memory of one update: distillation compared with ordinary training of the teacher."""
 
 import platform
 import statistics
@@ -30,7 +30,7 @@ class StepCostConfig:
     batch_size: int = 64
     """Images per update of the teacher and of the per-step objective, at least 1."""
     rounds: int = 9
-    """Interleaved rounds, at least 1; the table shows their medians."""
+    """Rounds, at least 1: each times one update of every kind. The table shows medians."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rounds"):
@@ -41,9 +41,9 @@ class StepCostConfig:
 @plain_torch()
 @torch.enable_grad()
 def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
-    """Time one update of each kind in turn; print the medians, the peak memory, and their ratios to the teacher's.
+    """Time one update of each kind; print medians, peak memory, and their ratios to the teacher's.
 
-    The student and the rollout are those of the quick run.
+    The student and the rollout have the settings of the quick run.
     """
     unet = load_model("teacher").denoiser.cpu()
     solver = Solver(SamplerConfig())
@@ -74,7 +74,7 @@ def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
 
     batch, teacher, rollout = config.batch_size, list(unet.parameters()), DistillConfig("rollout")
     evaluations = rollout.batch_size * rollout.rollout_steps
-    kinds = {  # each kind of distillation after the teacher's update that it is compared with
+    kinds = {  # pairs: a teacher's update, then the distillation that is compared with it
         f"teacher, batch {batch}": updater(teacher, lambda: teacher_loss(batch)),
         f"per-step distillation, batch {batch}": student_updater(DistillConfig("per-step", batch_size=batch)),
         f"teacher, batch {evaluations}": updater(teacher, lambda: teacher_loss(evaluations)),
@@ -84,7 +84,7 @@ def measure_step_cost(config: StepCostConfig) -> dict[str, float]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     memory = {}
-    for name, update in kinds.items():  # the first update makes the optimiser's state
+    for name, update in kinds.items():  # the first update allocates the optimizer's state
         update()
         memory[name] = peak_memory(update)
     for _ in range(config.rounds):

@@ -1,4 +1,4 @@
-"""The training data: the teacher's own denoising, from noise."""
+"""Sample the training data: trajectories of the teacher's denoising from noise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from ddpm_mnist.sampling.sampler import SEED_LIMIT, batches, choose_conditions, 
 from ddpm_mnist.sampling.solver import Conditions, Denoiser, Solver
 from quant.context import plain_torch
 
-# Seeds have 32 bits. Those of the images that are drawn and scored lie below 2^31; from there on each buffer has a
-# range of its own.
+# Noise seeds have 32 bits. Sampled and scored images use those below 2^31. Above, the trajectories of each training
+# seed have a separate range of NOISES seeds.
 NOISES = 1 << 18
 MAX_SEED = (1 << 13) - 1
 
@@ -23,7 +23,7 @@ class Trajectories:
 
     Attributes:
         x: float (M, T + 1, C, H, W), the states from noise (0) to image (T).
-        outputs: float (M, T, C, H, W), the teacher's output at each state but the last, guided if the sampler says so.
+        outputs: float (M, T, C, H, W), the teacher's output at each state but the last, with the sampler's guidance.
         conditions: further arguments of the teacher and the student, each (M, …), such as class_labels.
     """
 
@@ -36,12 +36,12 @@ class Trajectories:
         return {name: value[who] for name, value in self.conditions.items()}
 
     def every(self, stride: int) -> "Trajectories":
-        """The states after every `stride` steps, for a student whose step is as long as that."""
+        """Return every `stride`-th state, for a student whose steps are `stride` times as long."""
         return Trajectories(self.x[:, ::stride], self.outputs[:, ::stride], self.conditions)
 
 
 def first_noise(seed: int) -> int:
-    """The seed of the first noise of the buffer of that seed."""
+    """Return the first noise seed of the trajectories for the training seed `seed`."""
     return SEED_LIMIT + seed * NOISES
 
 
@@ -56,15 +56,15 @@ def make_trajectories(
     progress: Callable[[int], None] = lambda done: None,
     conditions: Conditions | None = None,
 ) -> Trajectories:
-    """Denoise `count` noises with the teacher, and keep every step on `device`.
+    """Sample `count` trajectories of the teacher from noise, and keep all states on `device`.
 
-    Several processes share out the batches; each gets all trajectories.
+    The batches are distributed over the processes; each gets all trajectories.
 
     Args:
         count: M, at most 2^18.
-        seed: 0 … 2^13 - 1; each has a range of noises of its own, which no scoring uses.
+        seed: 0 … 2^13 - 1; each has a separate range of noise seeds, which scored images do not use.
         conditions: further arguments of the teacher, each (K, …); trajectory i gets row i mod K. None: the classes
-            that `solver.config` names.
+            of `solver.config`.
     """
 
     first = first_noise(seed)

@@ -1,4 +1,4 @@
-"""Make a student of any UNet of diffusers, from Python, in one call."""
+"""Distil a student of any diffusers UNet with one Python call."""
 
 import copy
 import dataclasses
@@ -35,10 +35,10 @@ def distill_unet(
     output: str | Path | None = None,
     **conditions: Tensor,
 ) -> QuantizedUNet:
-    """Quantize `unet`, and distil the student from the UNet's own trajectories: no data is needed.
+    """Quantize `unet` and distil it on its own denoising trajectories, without data.
 
-    What `python -m finetune --teacher FOLDER` does, without scores and report: denoise noises, calibrate, distil along
-    the trajectories, freeze.
+    This does the same as `efficientdm distill --teacher FOLDER`: sample trajectories from noise, calibrate, distil,
+    freeze.
 
     Example:
         >>> student = distill_unet(pipeline.unet, pipeline.scheduler, weight_bits=4, act_bits=4)
@@ -46,26 +46,26 @@ def distill_unet(
         >>> integer = quant.to_integer(student)  # integer(x, t).sample
 
     Args:
-        unet: a UNet2DModel or UNet2DConditionModel; it is not changed.
-        scheduler: the diffusers scheduler that it was trained with. Its noise schedule and prediction type decide the
-            trajectories; how many steps they have, and of which solver, says `config.sampler`.
+        unet: a UNet2DModel or UNet2DConditionModel; it is not modified.
+        scheduler: the diffusers scheduler that it was trained with, which gives the noise schedule and the prediction
+            type. The solver and its number of steps come from `config.sampler`.
         weight_bits: 1, 1.58 or 2…8.
         act_bits: 2…8.
-        config: everything else; by default `RunConfig()`. For a first try:
+        config: all other settings; by default `RunConfig()`. For a first test:
             `RunConfig(num_trajectories=64, distill=DistillConfig(num_updates=5))`.
-        states: own states x_t (M, C, H, W) for each timestep t, of any sampler, in place of trajectories. The student
-            then learns from each state by itself ("per-step").
-        output: a folder for the student, its scheduler and its training state, from which an interrupted call goes on.
+        states: states x_t (M, C, H, W) for each timestep t, from any sampler, to use instead of trajectories. The
+            student is then trained on single states (objective "per-step").
+        output: folder for the student, its scheduler and its training state, from which an interrupted call resumes.
             By default nothing is written.
         conditions: further arguments of the UNet, each (K, …): `class_labels` (K,), `encoder_hidden_states` (K, L, D).
-            Trajectory i has row i mod K; with `states`, K must be M. By default the classes of `config.sampler`.
+            Trajectory i gets row i mod K; with `states`, K must be M. By default the classes of `config.sampler`.
 
     Returns:
         The frozen student.
 
     Raises:
-        ValueError: the UNet or its scheduler has a part that is not supported, by name; or `output` belongs to another
-            configuration.
+        ValueError: the UNet or its scheduler has an unsupported part, which the message names; or `output` belongs to
+            another configuration.
     """
     config = config or RunConfig()
     bits = dataclasses.replace(config.student, weight_bits=weight_bits, act_bits=act_bits)
@@ -90,14 +90,14 @@ def distill_unet(
         student = make_student(config, teacher, solver, buffer, run).student
         if output is not None:
             scheduler.save_pretrained(folder / "scheduler")
-            student.save_pretrained(folder)  # last: a folder with a config.json is whole
+            student.save_pretrained(folder)  # last, so that a folder with a config.json is complete
         run.finish()
     return student
 
 
 def _sample(teacher: Any, scheduler: Any, config: RunConfig, conditions: Conditions) -> tuple[Solver, Trajectories]:
-    """Denoise noises with the UNet, over the noise schedule of `scheduler`."""
-    # As its file would have it: every field counts, also one that has its class's default.
+    """Sample trajectories of the UNet with the noise schedule of `scheduler`."""
+    # As in the scheduler's file, but with all fields set, also those at the defaults of the class.
     fields = {**scheduler.config, "_class_name": type(scheduler).__name__, "_use_default_values": []}
     model = Model("unet", teacher, read_schedule(fields))
     solver, fine = model.solver(config.sampler), model.solver(config.teacher_sampler)
@@ -107,7 +107,7 @@ def _sample(teacher: Any, scheduler: Any, config: RunConfig, conditions: Conditi
 
 
 class _StatesOnly:
-    """The part of a solver that training on given states needs: their timesteps."""
+    """The part of `Solver` that training on given states needs: their timesteps."""
 
     def __init__(self, timesteps: Sequence[float]):
         self.timesteps = torch.tensor(timesteps)
@@ -120,7 +120,7 @@ class _StatesOnly:
 def _evaluate(
     teacher: Any, states: Mapping[float, Tensor], conditions: Conditions, batch_size: int
 ) -> tuple[_StatesOnly, Trajectories]:
-    """Evaluate the UNet at the given states."""
+    """Evaluate the UNet at the given states, and return them with its outputs as `Trajectories`."""
     shapes, rows = {x.shape for x in states.values()}, {len(x) for x in (*states.values(), *conditions.values())}
     if len(shapes) != 1 or len(rows) != 1:
         raise ValueError("states must have one shape (M, C, H, W) at all timesteps, and each condition M rows")

@@ -1,4 +1,4 @@
-"""From a float UNet to a quantized one: which layer gets which bits."""
+"""Convert a float UNet into a quantized one, and save and load the result."""
 
 import copy
 import dataclasses
@@ -28,47 +28,47 @@ from quant.layers import QuantConv2d, QuantLayer, QuantLinear, SkipConv2d
 from quant.quantizers import SMALLEST, Clock, as_number
 from quant.structure import check_structure, make, own_fields, refuse_hooks, try_out
 
-# The tables of an activation quantizer, by their names in the state dict.
+# Names of an activation quantizer's tables in the state dict.
 ACT_TABLES = ("scale", "zero_point")
 
-# Where image, time and class enter and leave: the parts of `edge_bits`. The last two are in some networks only.
+# Parts of a UNet that get `edge_bits`. Not every network has the last two.
 EDGES = ("conv_in", "conv_out", "time_embedding", "class_embedding", "add_embedding")
 
-# Up-sampling blocks whose residual blocks each begin with the concatenation of a skip.
+# Up-sampling blocks whose residual blocks all take a concatenation [hidden, skip] as input.
 SKIPPED_TO = (UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D, CrossAttnUpBlock2D)
 
 
 @dataclass
 class QuantConfig:
-    """The student's bits, and how its quantizers begin."""
+    """Bit-widths of the student, and initialisation of its quantizers."""
 
     weight_bits: int | float = 4
-    """Bits of every weight but for the layers of `edge_bits`: 2…8, 1.58 (-1, 0 and 1 times a step size) or 1 (plus or
-    minus a step size)."""
+    """Bits of all weights except those of the edge layers: 2…8, 1.58 (-1, 0 and 1 times the step size) or 1 (plus or
+    minus the step size)."""
     act_bits: int = 4
-    """Bits of the input of every convolution and linear layer, 2…8, but for the layers of `edge_bits`."""
+    """Bits of the inputs of all convolutions and linear layers except the edge layers: 2…8."""
     edge_bits: int = 8
-    """Bits of weights where the image enters and leaves: the first and the last convolution, the shortcut over the
-    last skip; and of the embeddings of time and class. 2…8."""
+    """Weight bits of the edge layers: the first and the last convolution, the shortcut over the last skip, and the time
+    and class embeddings. 2…8."""
     edge_act_bits: int = 16
-    """Bits of the inputs of the layers of `edge_bits`: 2…8 or 16, which on integers take two lines of 8 bits each."""
+    """Bits of the inputs of the edge layers: 2…8 or 16, which integer inference computes as two digits of 8 bits."""
     rank: int = 16
-    """Rank of the adapters of QALoRA, at least 1."""
+    """Rank of the QALoRA adapters, at least 1."""
     per_step: bool = True
-    """An activation step size and zero point for every denoising step (TALSQ), or one for all."""
+    """Use an activation step size and zero point for every denoising step (TALSQ), instead of one for all steps."""
     search: str = "error"
-    """How step sizes begin: "error", the least squared error over a grid of ranges; "min-max", the whole range.
-    Inputs of 16 bits always begin with twice the whole range."""
+    """Initialisation of the step sizes: "error" minimises the squared error over a grid of ranges, "min-max" covers the
+    whole range. Inputs of 16 bits always start with twice the whole range."""
 
     edge_shortcut: bool = True
-    """Whether the shortcut over the last skip counts among the layers of `edge_bits`."""
+    """Treat the shortcut over the last skip as an edge layer."""
     split_skips: bool = True
-    """Quantizers of their own for the two halves of a shortcut over a skip concatenation."""
+    """Use separate quantizers for the two halves of a shortcut over a skip concatenation."""
     bias_correction: bool = True
-    """Let calibration take back the shift of each layer's mean."""
+    """Correct the biases during calibration, so that each layer's output keeps its mean."""
     reconstruction: bool = False
-    """Let calibration set each layer's weight and bias anew, so that rounding makes up for itself; `bias_correction` is
-    then part of it."""
+    """Recompute each layer's weight and bias during calibration to compensate for rounding errors (GPTAQ); this
+    includes `bias_correction`."""
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits, also=FEW)
@@ -82,14 +82,14 @@ class QuantConfig:
 
 
 class QuantizedUNet(nn.Module):
-    """A denoiser of low bits: `model(x_t, t).sample`, with the arguments of the UNet that it was made from.
+    """Quantized denoiser: `model(x_t, t).sample`, with the arguments of the UNet it was converted from.
 
-    Sets the clock from t in each forward; samples of one batch may have different t. For a t between two of
-    `clock.timesteps` step sizes and zero points are interpolated. It computes in float32, also under autocast and
-    whatever the process's default dtype.
+    Each forward pass sets the clock from t; samples of one batch may have different t. For a t between two of
+    `clock.timesteps`, step sizes and zero points are interpolated. The model computes in float32, regardless of
+    autocast and the default dtype.
 
     Attributes:
-        is_calibrated: whether `calibrate` was here, which may come but once.
+        is_calibrated: whether `calibrate` has run; it can run only once.
     """
 
     def __init__(self, unet: nn.Module, config: QuantConfig, clock: Clock):
@@ -101,14 +101,18 @@ class QuantizedUNet(nn.Module):
 
     @plain_torch(inference=True)
     def forward(self, sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        """Raises ValueError after a conversion to another precision, and under gradient checkpointing."""
+        """Return the UNet's output for `sample` (N, C, H, W) and `timestep`, a number or a tensor () or (N,).
+
+        Raises:
+            ValueError: the model is not in float32, `sample` is no float tensor, or gradient checkpointing is on.
+        """
         self.require_float32()
         if not isinstance(sample, Tensor) or not sample.is_floating_point():
             raise ValueError("the sample must be a tensor of floats")
         if self.unet.is_gradient_checkpointing:
             raise ValueError("gradient checkpointing is not supported: it would ask the clock after the forward pass")
         if isinstance(timestep, str) or not hasattr(timestep, "__len__"):
-            timestep = as_number(timestep)  # a fraction stays one: diffusers would cut it to an integer
+            timestep = as_number(timestep)  # keeps fractions: diffusers would truncate them to integers
         t = torch.as_tensor(timestep, device=sample.device)
         if t.dtype == torch.bool:
             raise ValueError("a timestep must be a number, not a truth value")
@@ -120,14 +124,14 @@ class QuantizedUNet(nn.Module):
             self.clock.unset()
 
     def require_float32(self) -> None:
-        """ValueError unless the numbers are of float32, on a device that holds them."""
+        """Raise ValueError unless the parameters are float32 and none is on the meta device."""
         if self.dtype != torch.float32:
             mend = "call .float() on it" if self.dtype == torch.float64 else "its numbers are rounded, make it anew"
             raise ValueError(f"a student computes in float32, not in {self.dtype}: {mend}")
         if any(parameter.is_meta for parameter in self.parameters()):
             raise ValueError("a student on the meta device has no numbers (accelerate's offload puts it there)")
 
-    # diffusers' pipelines ask a denoiser for these three.
+    # diffusers' pipelines read these three properties.
     @property
     def config(self) -> Any:
         return self.unet.config
@@ -141,14 +145,14 @@ class QuantizedUNet(nn.Module):
         return self.unet.device
 
     def layers(self) -> Iterator[tuple[str, QuantLayer]]:
-        """The quantized layers with their names, in the order of the network's definition."""
+        """Yield the name and module of each quantized layer, in the order of the network's definition."""
         for name, module in self.unet.named_modules():
             if isinstance(module, QuantLayer):
                 yield name, module
 
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
-        """Inside, the weights are merged and quantized once, however often the network runs: for rollouts."""
+        """Merge and quantize the weights only once for all forward passes inside the context, such as a rollout's."""
         layers = [layer for _, layer in self.layers()]
         try:
             for layer in layers:
@@ -160,10 +164,10 @@ class QuantizedUNet(nn.Module):
 
     @plain_torch()
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `config.json` into `folder`, weights in their real bits.
+        """Write `model.safetensors`, with weights packed to their bit-width, and `config.json` into `folder`.
 
         Raises:
-            ValueError: the model is not frozen, not in float32, or has hooks, which would be lost.
+            ValueError: the model is not frozen, is not in float32, or has hooks, which would be lost.
         """
         self.require_float32()
         refuse_hooks(self)
@@ -171,7 +175,7 @@ class QuantizedUNet(nn.Module):
         tensors = {name: _in_half(x) for name, x in self.unet.state_dict().items()}
         if not bits.keys() <= tensors.keys():
             raise ValueError("only a frozen model has its weights as codes: call quant.freeze first")
-        for table in ACT_TABLES:  # one tensor for all layers: a tensor's entry in the file is longer than T numbers
+        for table in ACT_TABLES:  # one tensor for all layers: a tensor's header in the file is longer than T numbers
             names = [f"{name}.act_quantizer.{table}" for name, _ in self.layers()]
             tensors[f"act_quantizers.{table}"] = torch.stack([tensors.pop(name) for name in names])
         config = {
@@ -185,27 +189,27 @@ class QuantizedUNet(nn.Module):
     @classmethod
     @plain_torch()
     def from_pretrained(cls, folder: str | Path) -> "QuantizedUNet":
-        """Read what `save_pretrained` wrote; nothing else is needed. The model is frozen.
+        """Load the frozen model that `save_pretrained` wrote into `folder`.
 
         Raises:
-            ValueError: a file is truncated, altered, of another format, or does not fit the other.
+            ValueError: a file is truncated, altered or of another format, or the two files do not match.
         """
         try:
             tensors, config = read_checkpoint(Path(folder))
         except OSError:
             raise
-        except Exception as error:  # a digest may be right over anything
+        except Exception as error:  # a valid digest does not imply valid content
             raise ValueError(_last_line(error)) from error
         try:
-            with torch.device("meta"):  # takes no memory: until they are compared, sizes are the config's word alone
+            with torch.device("meta"):  # check the config's sizes before any memory is allocated for them
                 _check(tensors, _structure(config), config)
-            with torch.random.fork_rng(devices=[]):  # new networks draw numbers, of no meaning here
+            with torch.random.fork_rng(devices=[]):  # initialising a network uses random numbers
                 model = _structure(config)
             for _, layer in model.layers():
                 layer.freeze()
             model.unet.load_state_dict(tensors)
             try_out(model)
-        except Exception as error:  # diffusers and torch have one of their own for each thing that may be wrong
+        except Exception as error:  # diffusers and torch raise exceptions of many types
             message = f"config.json and model.safetensors do not fit each other: {_last_line(error)}"
             raise ValueError(message) from error
         return model
@@ -216,18 +220,18 @@ def _last_line(error: Exception) -> str:
 
 
 def _structure(config: dict[str, Any]) -> QuantizedUNet:
-    """The student of a saved `config`, not frozen yet, with numbers of no meaning."""
+    """Return the student that a saved `config` describes, not yet frozen and with random parameters."""
     options = QuantConfig(**config["quantization"])
     unet = make(config["class"], config["unet"])
-    model = _convert(unet, dataclasses.replace(options, rank=1), config["timesteps"])  # no adapter was saved
+    model = _convert(unet, dataclasses.replace(options, rank=1), config["timesteps"])  # adapters are not saved
     model.quant_config, model.is_calibrated = options, True
     return model.requires_grad_(False)
 
 
 def _check(tensors: dict[str, Tensor], model: QuantizedUNet, config: dict[str, Any]) -> None:
-    """ValueError unless `tensors`, as they were saved, are those of `model` once it is frozen.
+    """Raise ValueError unless the saved `tensors` match those of `model` after freezing.
 
-    In `tensors` each layer gets its rows of the activations' tables.
+    In `tensors`, replace the stacked activation tables by one table per layer.
     """
     bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in model.layers()}
     if bits != {name: code["bits"] for name, code in config["codes"].items()}:
@@ -257,21 +261,23 @@ def _check(tensors: dict[str, Tensor], model: QuantizedUNet, config: dict[str, A
 
 @plain_torch()
 def quantize(unet: nn.Module, config: QuantConfig, timesteps: Sequence[float] | Tensor) -> QuantizedUNet:
-    """A quantized copy of `unet`; weights have their searched step sizes, activations await `calibrate`.
+    """Return a quantized copy of `unet` with initial weight step sizes; `calibrate` sets those of the activations.
 
-    Every convolution and linear layer is replaced, shortcuts, samplers and attention projections included; the
-    layers of `config.edge_bits` are found by their place in the structure. The projections to query, key and
-    value become one layer: they share their input, so one quantizer serves the three (in cross-attention key and
-    value do). A shortcut over a skip concatenation becomes two layers, one for each half: the halves differ in range.
+    Every convolution and linear layer is replaced, including shortcuts, down- and upsampling and attention projections.
+    The edge layers, which get `config.edge_bits`, are found from the network's structure. The projections to query, key
+    and value become one layer with one input quantizer, because they share their input; in cross-attention, those to
+    key and value do. With `config.split_skips`, a shortcut over a skip concatenation becomes two layers, one for each
+    half, because the halves differ in range.
 
-    The copy is in float32 and in evaluation mode, whatever `unet` is in. A warning names what keeps it from integers.
+    The copy is in float32 and in evaluation mode. If integer inference does not support a part of it, a warning names
+    the part.
 
     Args:
-        unet: a UNet2DModel or UNet2DConditionModel of diffusers, as its class makes it from its config.
+        unet: a UNet2DModel or UNet2DConditionModel of diffusers, with the structure that its config describes.
         timesteps: the training timesteps of the T sampling steps, such as a scheduler's `timesteps`.
 
     Raises:
-        ValueError: `unet` has a part that cannot be quantized, or that its config does not tell of; named.
+        ValueError: `unet` has a part that cannot be quantized or that its config does not describe.
     """
     if not isinstance(config, QuantConfig):
         raise ValueError(f"the config must be a QuantConfig, not a {type(config).__name__}")
@@ -288,13 +294,15 @@ def quantize(unet: nn.Module, config: QuantConfig, timesteps: Sequence[float] | 
 
 @plain_torch()
 def freeze(model: QuantizedUNet) -> QuantizedUNet:
-    """A copy of `model` whose adapters are merged, and whose weights are codes.
+    """Return a copy of `model` with merged adapters, and with codes as weights.
 
-    What stays float (step sizes, zero points, biases, normalisations) is rounded to the half precision in which it is
-    saved, before the codes are made; a saved student therefore computes the same bits as the frozen one.
+    The parameters that stay float (step sizes, zero points, biases, normalisations) are rounded to half precision, in
+    which they are saved, before the codes are computed. A saved student therefore computes the same bits as the frozen
+    one.
 
     Raises:
-        ValueError: it is no student of float32, no layer's activation step size was ever set, or it has hooks.
+        ValueError: `model` is not a `QuantizedUNet` in float32, none of its activation step sizes was set, or it has
+            hooks.
     """
     require_student(model)
     refuse_hooks(model)
@@ -304,7 +312,7 @@ def freeze(model: QuantizedUNet) -> QuantizedUNet:
 
 
 def require_student(model: Any) -> None:
-    """ValueError for what `quantize` did not make, and for a student in another precision than float32."""
+    """Raise ValueError unless `model` is a `QuantizedUNet` in float32."""
     if not isinstance(model, QuantizedUNet):
         raise ValueError(f"a {type(model).__name__} is no student: quant.quantize makes one")
     model.require_float32()
@@ -319,7 +327,7 @@ def _freeze(model: QuantizedUNet) -> QuantizedUNet:
         _round_to_half(layer.weight_quantizer)
         layer.freeze()
     for part in frozen.unet.children():
-        if part is not frozen.unet.time_proj:  # half a unit of a frequency is many turns at a late timestep
+        if part is not frozen.unet.time_proj:  # at late timesteps a rounded frequency is many turns off
             _round_to_half(part)
     return frozen
 
@@ -332,16 +340,16 @@ def _round_to_half(module: nn.Module) -> None:
 
 
 def _in_half(x: Tensor) -> Tensor:
-    """x in half precision where that loses nothing, else as it is."""
+    """Return `x` in half precision if the conversion is exact, else `x` itself."""
     half = x.half() if x.is_floating_point() else x
     return half if torch.equal(half.to(x.dtype), x) else x
 
 
 def _convert(network: nn.Module, config: QuantConfig, timesteps: Sequence[float] | Tensor) -> QuantizedUNet:
-    """The structure of the quantized model; its step sizes are yet to be set."""
+    """Return the quantized model of `network`, before its step sizes are initialised."""
     unet: Any = copy.deepcopy(network).requires_grad_(False).float().eval()
     for module in unet.modules():
-        vars(module).pop("forward", None)  # accelerate's `unwrap_model` leaves the class's own there
+        vars(module).pop("forward", None)  # accelerate's `unwrap_model` sets it to the class's own forward
     if unet.is_gradient_checkpointing:
         unet.disable_gradient_checkpointing()
     clock = Clock(timesteps)
@@ -380,19 +388,19 @@ def _fuse_projections(name: str, attention: Attention) -> None:
 
 
 def _last_shortcut(unet: Any) -> Iterator[nn.Module]:
-    """The shortcut over the last skip: on it the first convolution's output, the noisy image, passes by the network."""
+    """Return the modules of the shortcut over the last skip, which carries the output of the first convolution."""
     shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut
     return iter(()) if shortcut is None else shortcut.modules()
 
 
 def _split_skips(unet: Any) -> None:
-    """Replace every shortcut over [hidden, skip] by a `SkipConv2d`; a skip's channels are those of its origin."""
+    """Replace every shortcut over a concatenation [hidden, skip] by a `SkipConv2d`."""
     skips = [unet.conv_in.out_channels]
     for block in unet.down_blocks:
         skips += [resnet.out_channels for resnet in block.resnets]
         skips += [block.resnets[-1].out_channels] * len(block.downsamplers or [])
     if not all(isinstance(block, SKIPPED_TO) for block in unet.up_blocks):
-        return  # of another kind, whose shortcuts stay whole
+        return  # other blocks keep their shortcuts
     for block in unet.up_blocks:
         for resnet in block.resnets:
             hidden = resnet.in_channels - skips.pop()

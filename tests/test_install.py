@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from ddpm_mnist.lab.command import EXTRAS
 from eval.models import STUDENTS
@@ -120,10 +119,6 @@ def test_a_wheel_has_all_that_the_commands_need_in_an_empty_folder(install, tmp_
     assert np.load(made / "two.npy").any()
     for name in ("run/report.html", "grid.png", "fid.json", "packed/model.safetensors", "onnx/model.onnx"):
         assert (made / name).stat().st_size > 0, name
-    # The quick run, but for what was asked for.
-    quick, ours = (yaml.safe_load(path.read_text()) for path in (ROOT / "configs/quick.yaml", made / "run/config.yaml"))
-    assert quick["distill"]["lr_adapters"] == ours["distill"]["lr_adapters"]
-    assert quick["student"] | {"rank": 1} == {name: ours["student"][name] for name in quick["student"]}
 
 
 def test_what_the_lab_alone_needs_is_not_needed_to_draw(tmp_path):

@@ -25,11 +25,12 @@ from ddpm_mnist.lab.options import (
 )
 from ddpm_mnist.lab.read import read_limited
 
-# What is wrong for every process the main one says, and its end ends the others before so many seconds are over.
+# If all ranks hit the same error, rank 0 reports it, and the launcher then stops the others. They wait this many
+# seconds before they report an error of their own.
 SECONDS_TO_SPEAK = 5
 
 
-# What of the installation only some commands need: the extra of pyproject.toml that brings each module.
+# Optional dependencies: module → the extra of pyproject.toml that installs it.
 EXTRAS = {
     **dict.fromkeys(("torchvision", "torchmetrics", "matplotlib", "jinja2", "onnxruntime"), "lab"),
     **dict.fromkeys(("onnx", "onnxscript"), "export"),
@@ -37,8 +38,8 @@ EXTRAS = {
 }
 
 
-# What torch, which knows no MemoryError, says where memory is short: its CPU allocator, one of an accelerator, and of a
-# size that no memory has.
+# torch raises RuntimeError, not MemoryError, if memory runs out. These are the messages of its CPU allocator, of the
+# allocators of accelerators, and for a size that overflows.
 NO_MEMORY = (
     r"(?<=DefaultCPUAllocator: ).*?(?=\. |$)|\w+ (?:backend )?out of memory(?:.* Tried to allocate [\d.]+ \w+)?"
     r"|Storage size calculation overflowed"
@@ -48,17 +49,17 @@ NO_MEMORY = (
 def run_command(
     prog: str, function: Callable[[Any], Any], config_class: type, arguments: list[str], default: str | None = None
 ) -> Any:
-    """Call `function` with the `config_class` that `arguments` describe.
+    """Parse `arguments` into a `config_class` and call `function` with it.
 
-    Options are the fields of the dataclass, nested ones with dots; `--config` reads them from YAML, from a file or by
-    the name of one in `CONFIGS`. Dashes and underscores in their names are the same; a field of type list takes its
-    values one after the other.
+    The options are the fields of the dataclass; nested fields are written with dots (`--sampler.num_steps`).
+    `--config` reads options from a YAML file, given by its path or by its name in `CONFIGS`. Dashes and underscores in
+    option names are equivalent. A field of type list takes several values: `--models a b c`.
 
-    Wrong input, on the command line or found later as InputError, prints one line and exits with code 2. Of several
-    processes (`ddpm_mnist.lab.processes`) the main one alone prints.
+    Invalid input, on the command line or raised later as InputError, prints one line and exits with code 2. With
+    several processes (`ddpm_mnist.lab.processes`) only the main one prints.
 
     Args:
-        default: what `--config` is where the arguments have none.
+        default: value of `--config` if the arguments do not contain it.
     """
     with one_line_errors(prog):
         if not processes.is_main():
@@ -69,9 +70,9 @@ def run_command(
     if default and not any(word.partition("=")[0] == "--config" for word in words):
         words = ["--config", default, *words]
         path = CONFIGS / f"{default}.yaml"
-        parser.set_defaults(flat(parse_yaml(read_limited(path), path)))  # for the help to tell
+        parser.set_defaults(flat(parse_yaml(read_limited(path), path)))  # so that the help shows them
     try:
-        os.getcwd()  # it may have been taken away
+        os.getcwd()  # raises if the working directory was deleted
         for word in words:
             check_text("the command line", word)
             option, _, _ = word.partition("=")
@@ -93,10 +94,10 @@ def run_command(
 
 @contextmanager
 def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
-    """Inside, what the user can do something about ends the program with one line: exit code 2, after Ctrl-C 130.
+    """Report errors that the user can fix in one line and exit: code 2, after Ctrl-C 130, if a process was lost 1.
 
     Args:
-        output: what a system's error speaks of that names no file.
+        output: path to name in the message of an OSError that has no file name.
     """
     try:
         yield
@@ -124,7 +125,7 @@ def one_line_errors(prog: str, output: str = "") -> Iterator[None]:
         _fail(prog, str(error), 1)
     except KeyboardInterrupt:
         if not processes.is_main():
-            sys.exit(130)  # all are interrupted: the main one says so
+            sys.exit(130)  # all processes are interrupted; the main one prints the message
         _fail(prog, "interrupted", 130)
 
 

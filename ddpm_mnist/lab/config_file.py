@@ -12,13 +12,19 @@ from ddpm_mnist.lab.options import CONFIGS, config_names, describe_type, unknown
 from ddpm_mnist.lab.read import read_limited
 from ddpm_mnist.lab.write import write_text
 
-# Sections lie but a few deep in each other.
+# Configs have only a few levels of sections; deeper nesting is refused.
 MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 1 << 20, 10
 
 
 def read_config_files(words: list[str], config_class: type, options: Collection[str]) -> list[str]:
-    """`words` with the text of each --config file in the place of its name, checked: the parser's own reader follows
-    aliases, imports what a `class_path` names, and does not say which file it speaks of."""
+    """Return `words`, the arguments, with each --config value replaced by the checked text of that file.
+
+    jsonargparse would read the files itself, but it follows aliases, imports any `class_path`, and does not name the
+    file in its errors.
+
+    Raises:
+        ValueError: a file does not exist, is no valid YAML, or holds an unknown option.
+    """
     for at, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option == "--config" and (equals or at + 1 < len(words)):
@@ -30,7 +36,7 @@ def read_config_files(words: list[str], config_class: type, options: Collection[
             source = read_limited(path, MAX_CONFIG_BYTES)
             content = parse_yaml(source, path)
             _check_content(path, config_class, content, options)
-            # Its text in ASCII: the parser would read the file in the locale's encoding. It wants at least an option.
+            # Emitted as ASCII, because the parser decodes text in the locale's encoding. It rejects an empty config.
             text = [f"--config={yaml.emit(yaml.parse(source, yaml.SafeLoader))}"] if content else []
             rest = read_config_files(words[at + (1 if equals else 2) :], config_class, options)
             return [*words[:at], *text, *rest]
@@ -38,11 +44,10 @@ def read_config_files(words: list[str], config_class: type, options: Collection[
 
 
 def parse_yaml(text: str, path: Path) -> dict[str, Any]:
-    """The options in `text`, read from `path`: sections and plain values, each once; nothing in it names an object of
-    Python.
+    """Parse the YAML `text` of the file `path` into a dict of options: sections and plain values, no Python objects.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is no mapping, repeats a key, uses anchors or Python tags, or is nested too deeply.
     """
     depth = 0
     try:
@@ -61,7 +66,7 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses what YAML would read as the last of several."""
+    """A YAML loader that raises ValueError for duplicate keys, of which YAML would keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)
@@ -73,7 +78,8 @@ class _OnceLoader(yaml.SafeLoader):
 def _check_content(
     path: Path, config_class: type, content: dict[str, Any], options: Collection[str], section: str = ""
 ) -> None:
-    """ValueError for what `config_class` has no field for, and for values that would be parsed as YAML again."""
+    """Raise ValueError for keys that are no fields of `config_class`, and for strings that would be parsed as YAML
+    again."""
     fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(config_class)}
     for key, value in content.items():
         name = f"{section}{key}"
@@ -90,7 +96,7 @@ def _check_content(
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write the dataclass `config` as the YAML that `--config` reads back."""
+    """Write the dataclass `config` to `path` as YAML that `--config` reads."""
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(type(config), as_group=False)
     values = jsonargparse.dict_to_namespace(dataclasses.asdict(config))

@@ -1,4 +1,4 @@
-"""Lock a folder, so that two processes never write into it at once."""
+"""Lock folders, so that two processes never write into the same one."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from ddpm_mnist.lab import InputError, processes
 
-# The end of a name, which begins with a dot, while its content is being written.
+# Suffix of temporary files and folders, whose names begin with a dot.
 HALF = ".half"
 
 
@@ -18,14 +18,14 @@ _locks: dict[Path, BinaryIO] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock `folder`, which exists, until `unlock_folder` or until this process ends; delete what a killed process left
-    half-written.
+    """Lock the existing `folder` until `unlock_folder` is called or this process ends.
 
-    The lock is the system's, on the file `.lock`. Windows and file systems without locks have none.
-    Of several processes that one job was launched as, the main one holds it.
+    Also delete temporary files that a killed process left there. The lock is an advisory lock (flock) on the file
+    `.lock`; on Windows and on file systems without locks the folder stays unlocked. If a job has several processes,
+    the main one holds the lock.
 
     Raises:
-        InputError: another process writes into the folder.
+        InputError: another process holds the lock.
     """
     processes.from_main(lambda: _lock_folder(folder))
 
@@ -55,7 +55,7 @@ def _lock_folder(folder: Path) -> None:
             raise InputError(message) from error
         if is_still_there(file, path):
             break
-        file.close()  # another process deleted it between the two lines, as it unlocked the folder
+        file.close()  # another process unlocked the folder, and deleted .lock, between open and lock: try again
     if not locked:
         file.close()
         path.unlink()
@@ -67,10 +67,13 @@ def _lock_folder(folder: Path) -> None:
 
 
 def lock_file(file: BinaryIO) -> bool:
-    """Lock an open file until it is closed or this process ends; False where the system or its disk has no locks.
+    """Lock an open file until it is closed or this process ends.
+
+    Returns:
+        False if the operating system or the file system has no locks.
 
     Raises:
-        BlockingIOError: another process has locked it.
+        BlockingIOError: another process holds the lock.
     """
     if sys.platform == "win32":
         return False
@@ -86,7 +89,7 @@ def lock_file(file: BinaryIO) -> bool:
 
 
 def is_still_there(file: BinaryIO, path: Path) -> bool:
-    """Whether the open `file` is still what lies at `path`."""
+    """Return whether `path` still refers to the open `file`: it may have been deleted or replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:
@@ -94,9 +97,10 @@ def is_still_there(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear_half_written(folder: Path, depth: int = 2) -> None:
-    """Delete temporary files that a killed process left in a locked folder, and below it in folders without a lock.
+    """Delete temporary files that a killed process left in the locked `folder` and in its subfolders without a lock.
 
-    The folders of a ladder's students are two deep.
+    Args:
+        depth: levels of subfolders to search. A ladder has its students' folders two levels deep.
     """
     for path in folder.iterdir():
         with suppress(OSError):
@@ -107,23 +111,23 @@ def _clear_half_written(folder: Path, depth: int = 2) -> None:
 
 
 def forget_lost_lock(folder: Path) -> None:
-    """Close the lock that an earlier job of this process has on `folder`, if the folder was deleted meanwhile."""
+    """Close the lock that an earlier job of this process holds on `folder`, if the folder has been deleted since."""
     lock = folder.resolve() / ".lock"
     if lock in _locks and not is_still_there(_locks[lock], lock):
         _locks.pop(lock).close()
 
 
 def require_folder(path: Path) -> None:
-    """Raise InputError if `path` is in a locked folder that was deleted meanwhile: writing would make it anew, without
-    the rest."""
+    """Raise InputError if `path` is in a locked folder that has been deleted: writing would create it again without its
+    other files."""
     for lock in list(_locks):
         if path.resolve().is_relative_to(lock.parent) and not is_still_there(_locks[lock], lock):
-            _locks.pop(lock).close()  # this job ends here; the next one may make the folder anew
+            _locks.pop(lock).close()  # this job fails; a later job of this process may create the folder again
             raise InputError(f"cannot write {path}: {lock.parent} was taken away, or its .lock")
 
 
 def _forget_locks() -> None:
-    """In a forked child: its parent holds the locks, and it would keep them after the parent's end."""
+    """Close inherited locks in a forked child, which would otherwise keep them after its parent has ended."""
     for file in _locks.values():
         file.close()
     _locks.clear()
@@ -134,7 +138,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def unlock_folder(folder: Path) -> None:
-    """Unlock `folder`, if this process has locked it, and delete its `.lock`."""
+    """Unlock `folder` and delete its lock file, if this process holds the lock."""
     path = folder.resolve() / ".lock"
     if file := _locks.pop(path, None):
         if is_still_there(file, path):

@@ -1,4 +1,4 @@
-"""The parser of a command's options, its help, and the checks of their values."""
+"""Build the parser of a command's options and its help, and check option values."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ import jsonargparse
 
 from ddpm_mnist.lab import flat
 
-# The YAML files of configs/: in a wheel they are inside this package, in the repository beside it.
+# Folder of the YAML configs: inside this package in a wheel, beside it in the repository.
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -27,7 +27,7 @@ if not CONFIGS.is_dir():
 
 
 def check_numbers(values: dict[str, Any]) -> None:
-    """ValueError where a number is NaN or infinite, or an integer of more than 64 bits: no option has a use for one."""
+    """Raise ValueError if a number in `values` is NaN, infinite, or an integer of more than 64 bits."""
     for name, value in flat(values).items():
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
@@ -37,7 +37,7 @@ def check_numbers(values: dict[str, Any]) -> None:
 
 
 def check_value(name: str, value: Any) -> Any:
-    """The option's value, with the home folder in the place of `~`; ValueError for a text of no use."""
+    """Return an option's value with `~` expanded; raise ValueError for a string that `check_text` rejects."""
     if isinstance(value, list):
         return [check_value(name, part) for part in value]
     if isinstance(value, str | Path):
@@ -47,13 +47,16 @@ def check_value(name: str, value: Any) -> Any:
 
 
 def check_text(place: str, text: str) -> None:
-    """ValueError for a text that is empty, or has letters that the locale's encoding lacks, which names of files have
-    on disk."""
+    """Raise ValueError if `text` is empty or cannot be encoded in the locale's encoding, which file names use.
+
+    Args:
+        place: where the text comes from, for the message.
+    """
     if not text or text.endswith("="):
         raise ValueError(f"{place}: a value is missing, where {text!r} stands")
     try:
         os.fsencode(text)
-        text.encode()  # bytes of the command line that are none of that encoding stand as halves of a letter
+        text.encode()  # raises for lone surrogates, which stand for command-line bytes that could not be decoded
     except UnicodeError as error:
         encoding = sys.getfilesystemencoding()
         utf8 = "" if encoding == "utf-8" else "set PYTHONUTF8=1, or "
@@ -63,7 +66,7 @@ def check_text(place: str, text: str) -> None:
 
 
 def explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """What the parser says of a value of the wrong type, with the option's name and what it takes."""
+    """Rewrite a parser's error: name the option, the type that it takes and the value that it got."""
     if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
         return f"--{missing[1]} is missing"
     wrong = re.match(r'Parser key "([\w.]+)":', message)
@@ -78,7 +81,7 @@ def explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
 
 
 def describe_type(hint: Any) -> str:
-    """What an option of that type takes, in words."""
+    """Describe the values of a type for the user, e.g. `int | None` → "a whole number or null"."""
     if get_origin(hint) is tuple:
         return "a list such as [1,2]" if int in get_args(hint) else "a list such as [a,b]"
     if several := get_args(hint):
@@ -88,15 +91,15 @@ def describe_type(hint: Any) -> str:
 
 
 def config_names() -> str:
-    """List the names that `--config` knows."""
+    """Return the names of the configs in `CONFIGS`, separated by commas."""
     return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 
 
 def make_parser(
     prog: str, function: Callable[[Any], Any], config_class: type, default: str | None
 ) -> jsonargparse.ArgumentParser:
-    """Make the parser of the options that `config_class` has, with its help."""
-    # The help of an option is the docstring under its field, the title of a group that of its class.
+    """Return a parser with one option per field of `config_class`; arguments as for `run_command`."""
+    # The help of an option is the docstring under its field; the title of a group is the docstring of its class.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=prog,
@@ -126,13 +129,13 @@ def make_parser(
             action.help = "Show this help, and exit."
         elif action.dest == "print_config":
             action.help = "Print the configuration as YAML, and exit."
-        elif action.dest in groups:  # a file of its own for each group: a file for all is enough
+        elif action.dest in groups:  # jsonargparse would read a config file per group; --config is enough
             action.help = argparse.SUPPRESS
     return parser
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
-    """An option with the kind of its value; below it, in words, what it means, and its default."""
+    """Help formatter that shows each option with the kind of its value, and below it its meaning and its default."""
 
     def __init__(self, prog: str, **options: Any):
         super().__init__(prog, max_help_position=6, **options)
@@ -149,7 +152,7 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
         return next((kind for of, kind in kinds.items() if of in (hint, *get_args(hint))), "VALUE")
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = (action.help or "").replace("None:", "null:")  # as it is typed
+        text = (action.help or "").replace("None:", "null:")  # as the user types it
         if action.required:
             return f"{text} Required."
         if action.dest in ("help", "config", "print_config"):
@@ -162,14 +165,14 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
 
 
 def unknown_option(name: str, options: Collection[str]) -> str:
-    """That `name` is none of `options`, and the nearest that is."""
+    """Return the error message for the unknown option `name`, with the most similar of `options`."""
     near = [option for option in sorted(options) if option.endswith(f".{name}")]
     near = near or difflib.get_close_matches(name, options, n=1)
     return f"no option --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists them")
 
 
 def underscored(word: str) -> str:
-    """Replace dashes in the name of an option by underscores."""
+    """Replace dashes in an option's name by underscores: "--num-steps=5" → "--num_steps=5"."""
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")

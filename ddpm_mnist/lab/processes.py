@@ -1,8 +1,8 @@
-"""Several processes, as accelerate or torchrun start them: who does what, and how the parts come together.
+"""Distributed execution on the processes that accelerate or torchrun starts.
 
-All of them run the same program. Work is shared out in whole jobs, whose results do not depend on who does them; a
-batch of a training is cut into equal parts, whose gradients are averaged. The main process alone writes and prints.
-With one process every function here is the plain thing.
+All processes run the same program. Independent jobs are distributed whole, and their results do not depend on the rank
+that runs them. A training batch is split into equal parts, whose gradients are averaged. Only the main process (rank 0)
+writes files and prints. With one process, every function here runs locally without communication.
 """
 
 import os
@@ -24,30 +24,30 @@ T = TypeVar("T")
 Job = TypeVar("Job")
 Config = TypeVar("Config")
 
-# How long the processes of a training wait for each other. One that ends is noticed at once; this is for a machine that
-# falls silent.
+# Timeout of collectives in training. The end of a process is noticed at once; the timeout is for a machine that stops
+# responding.
 TIMEOUT = timedelta(minutes=10)
-# Jobs that are shared out may take hours, and one process many more than another.
+# Timeout of collectives after distributed jobs, which may take hours longer on one process than on another.
 PATIENCE = timedelta(days=7)
 
 _alone = False
 
 
 class ProcessLost(Exception):
-    """Another process has ended before its time. Its message is the one line that the user sees (exit code 1)."""
+    """Another process ended early or stopped responding. Commands print its message as one line, with exit code 1."""
 
 
 def state() -> PartialState:
-    """accelerate's view of the processes and of this one's device; the first call joins them.
+    """Return accelerate's `PartialState`: ranks and this process's device. The first call joins the process group.
 
     Raises:
-        InputError: the environment speaks of processes that are not there, as one that a launcher left behind does.
+        InputError: the environment variables (WORLD_SIZE, RANK, …) are inconsistent or left over from another launch.
     """
     global _alone
     try:
         return _joined()
-    except Exception as error:  # of int, of accelerate, of torch's store, or of a backend
-        _alone = True  # to say so
+    except Exception as error:  # from int, accelerate, torch's store or a backend
+        _alone = True  # so that this process reports the error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"the environment's WORLD_SIZE, RANK and the like do not fit each other ({reason}): "
@@ -68,7 +68,7 @@ def _joined() -> PartialState:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process does everything itself and waits for no other."""
+    """Context manager in which this process acts as the only one: rank 0 of 1, without communication."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -78,30 +78,31 @@ def alone() -> Iterator[None]:
 
 
 def count() -> int:
-    """The processes that work together here."""
+    """Return the number of processes (the world size)."""
     return 1 if _alone else state().num_processes
 
 
 def rank() -> int:
-    """The number of this process among them."""
+    """Return the rank of this process, from 0."""
     return 0 if _alone else state().process_index
 
 
 def is_main() -> bool:
-    """Whether this process writes."""
+    """Return whether this is the main process (rank 0), which writes and prints."""
     return rank() == 0
 
 
 def share_out(
     function: Callable[[Job], T], jobs: Sequence[Job], progress: Callable[[int], None] = lambda done: None
 ) -> list[T]:
-    """What `function` returns for each of `jobs`, in their order, in every process.
+    """Distribute `jobs` over the processes; return their results, in order, in every process.
 
-    Job k is done by process k mod p, alone: what it would share out itself, it does itself.
+    Of p processes, rank k mod p runs job k inside `alone()`, so nested calls of this function are not distributed.
 
     Args:
-        function: its results can be pickled, and lie on the CPU.
-        progress: called after each job of this process with the number that are done if the others are as far.
+        function: runs one job. Its result must be picklable and on the CPU.
+        progress: called after each job of this process with an estimate of all finished jobs, which assumes that the
+            other processes are equally far.
     """
     results: dict[int, T] = {}
     for number in range(rank(), len(jobs), count()):
@@ -117,7 +118,7 @@ def share_out(
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` returns in the main process, in every process; an InputError is raised in every one too."""
+    """Call `function` in the main process; return its result, or raise its InputError, in every process."""
     if count() == 1:
         return function()
     outcome: list[Any] = [None]
@@ -135,7 +136,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def by_main(command: Callable[[Config], T]) -> Callable[[Config], T]:
-    """Decorator of a command that several processes do no faster: the main one does it, the others wait."""
+    """Decorate a command to run in the main process only, while the others wait for its result."""
 
     @wraps(command)
     def run(config: Config) -> T:
@@ -145,12 +146,12 @@ def by_main(command: Callable[[Config], T]) -> Callable[[Config], T]:
 
 
 def own_part(batch: Tensor) -> Tensor:
-    """This process's part of a batch (p · b, …): (b, …)."""
+    """Return this process's part (b, …) of a batch (p · b, …), p the number of processes."""
     return batch.chunk(count())[rank()]
 
 
 def average(tensor: Tensor) -> Tensor:
-    """The mean of `tensor` over the processes."""
+    """Return the mean of `tensor` over the processes."""
     if count() == 1:
         return tensor
     with _exchange():
@@ -158,10 +159,13 @@ def average(tensor: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes: that of a loss which is a mean over the whole batch."""
+    """Replace every gradient by its mean over the processes, in place.
+
+    This is the gradient of the whole batch if each process's loss is the mean over its part.
+    """
     if count() == 1:
         return
-    # Which parameters have a gradient is decided by the network, not by the batch: it is the same in every process.
+    # The network, not the batch, determines which parameters have a gradient: they are the same in every process.
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     means = average(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients]), strict=True):
@@ -169,14 +173,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def copy_from_main(module: nn.Module) -> None:
-    """Give every process the main one's parameters and buffers: machines may round differently."""
+    """Broadcast the main process's parameters and buffers of `module`: other machines may have rounded differently."""
     if count() > 1:
         with _exchange():
             broadcast(list(module.state_dict().values()))
 
 
 def leave() -> None:
-    """The last thing that a process does with the others."""
+    """Leave the process group. Call it once, after all communication."""
     if count() > 1:
         state().destroy_process_group()
 
@@ -190,6 +194,6 @@ def _patient() -> Any:
 def _exchange() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # the libraries below have no narrower one for all that can happen
+    except RuntimeError as error:  # the backends have no narrower exception for a lost process
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ProcessLost(f"another process has ended or does not answer ({reason})") from error

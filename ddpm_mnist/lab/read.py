@@ -1,6 +1,6 @@
-"""Files that are read back: whatever stands in them, the answer is their content or one line that says what is wrong.
+"""Read text, JSON and saved states safely: return the content, or raise an error with a message of one line.
 
-No reader here runs code, or takes more memory than the file's own size asks for.
+No reader executes code from a file or allocates much more memory than the file's size.
 """
 
 import json
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ddpm_mnist.lab import one_line
 
-# A record of a run, a config of a network: more than this is none.
+# Upper limit for records of runs and configs of networks.
 MAX_JSON_BYTES = 16 << 20
 
 
 def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> str:
-    """The text in `path`, UTF-8; ValueError for another encoding, or more than `limit` bytes."""
+    """Return the UTF-8 text of `path`; raise ValueError for another encoding or more than `limit` bytes."""
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -31,16 +31,16 @@ def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in `path`.
+    """Return the JSON value in `path`.
 
     Raises:
-        ValueError: it is no JSON, or holds a key twice, or too large a number, or is nested too deeply; in one line.
+        ValueError: the file is no valid JSON, repeats a key, holds a number out of range, or is nested too deeply.
     """
     return parse_json(read_limited(path), path.name)
 
 
 def parse_json(text: str, name: str) -> Any:
-    """The value in `text`; ValueError that begins with `name` where it holds none, as for `read_json`."""
+    """Return the JSON value in `text`; raise ValueError as `read_json` does, with `name` in the message."""
     try:
         return json.loads(text, object_pairs_hook=_once, parse_float=_finite, parse_int=_short)
     except (ValueError, RecursionError) as error:
@@ -66,11 +66,11 @@ def _short(digits: str) -> int:
 
 
 def read_state(path: Path) -> Any:
-    """What `torch.save` wrote into `path`: dense tensors, numbers, texts, and containers of them.
+    """Load an object that `torch.save` wrote: dense finite tensors, numbers, strings, and containers of them.
 
     Raises:
-        ValueError: it is something else, damaged, or takes more memory than its own size; in one line.
-        PermissionError: it may not be read.
+        ValueError: the file is damaged, holds other objects, or would take more memory than its size.
+        PermissionError: the file is not readable.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -83,12 +83,12 @@ def read_state(path: Path) -> Any:
         return content
     except PermissionError:
         raise
-    except Exception as error:  # each way to be broken has an error of its own
+    except Exception as error:  # damaged files raise many types of exceptions
         raise ValueError(one_line(f"{path} cannot be read: {error or type(error).__name__}")) from error
 
 
 def _check_plain(value: Any) -> None:
-    """ValueError for anything but dense tensors of finite numbers, numbers, texts, and containers of them."""
+    """Raise ValueError for anything but dense tensors of finite numbers, numbers, strings, and containers of them."""
     if isinstance(value, dict):
         _check_plain([*value.keys(), *value.values()])
     elif isinstance(value, list | tuple):

@@ -17,19 +17,22 @@ from ddpm_mnist.lab.write import cannot_write, holds_model, prepare_output, writ
 
 
 class RunState:
-    """The resumable part of a run: `state/latest.pt` and the lines of `log.jsonl` up to it. Until `finish` it locks
-    the folder.
+    """The resumable state of a run, `state/latest.pt`, and its log, `log.jsonl`. Locks the folder until `finish`.
 
-    A state belongs to one configuration. A folder whose state was made by another is refused, so that no
-    run continues under settings that its earlier part did not have.
+    A state belongs to one configuration: a folder with the state of another is refused, so that no run continues with
+    different settings. Only the main process reads and writes the folder.
+
+    Args:
+        folder: run folder; created if missing.
+        fingerprint: the settings that must not change between the parts of a run.
+        tracker: as for `Tracker`.
 
     Attributes:
-        state: what was saved last, or None for a new run. The log is cut back to that moment. Of several processes
-            the main one alone reads the folder and writes into it.
-        tracker: where the rows of the log are shown besides.
+        state: the last saved state, or None for a new run. The log is truncated to its length at that save.
+        tracker: the tracker that also receives the rows of the log.
 
     Raises:
-        InputError: the folder belongs to another configuration or to a process that is at work, holds a model but no
+        InputError: the folder belongs to another configuration, is locked by another process, holds a model but no
             state, or cannot be read.
     """
 
@@ -55,7 +58,7 @@ class RunState:
             return self._resume(folder)
         if holds_model(folder):
             raise InputError(f"{folder} holds a model but no state to go on from: choose another output folder")
-        if self.log_path.exists():  # left by a job that ended before its first state, or somebody else's
+        if self.log_path.exists():  # of a job that ended before its first save, or a foreign file: check it
             read_log(self.log_path)
         elif (folder / "config.yaml").exists():
             raise InputError(f"{folder} holds a config.yaml that no run left there: choose another output folder")
@@ -84,21 +87,22 @@ class RunState:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Inside, whatever keeps the state from being taken over is an InputError that names its file."""
+        """Context manager that turns any exception while the state is restored into an InputError that names its
+        file."""
         try:
             yield
         except InputError:
             raise
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror}") from error
-        except Exception as error:  # whatever is wrong with a state, it is of no use
+        except Exception as error:  # damaged or foreign states raise many types of exceptions
             reason = str(error) or type(error).__name__
             if str(self.path) not in reason:
                 reason = f"{self.path} cannot be read: {reason}"
             raise InputError(f"{reason}; delete {self.path.parents[1]} to start anew") from error
 
     def progress(self, total: int) -> tuple[int, float]:
-        """How many of `total` updates the state has seen, and the seconds that they took; (0, 0.0) without a state."""
+        """Return the number of finished updates, at most `total`, and their seconds; (0, 0.0) for a new run."""
         if self.state is None:
             return 0, 0.0
         with self.restoring():
@@ -108,7 +112,7 @@ class RunState:
             return update, float(seconds)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep `state` (tensors, numbers, and containers of them), in one step."""
+        """Write `state` (tensors, numbers, and containers of them) atomically."""
         if not processes.is_main():
             return
         require_folder(self.path)
@@ -116,12 +120,12 @@ class RunState:
             log_bytes = self.log_path.stat().st_size
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        content = io.BytesIO()  # of a full disk torch.save itself would tell no OSError
+        content = io.BytesIO()  # on a full disk torch.save would not raise OSError
         torch.save({"fingerprint": self.fingerprint, "log_bytes": log_bytes, "state": state}, content)
         write_bytes(self.path, content.getvalue())
 
     def log(self, **row: Any) -> None:
-        """Append a line to the log, and show it in the tracker."""
+        """Append `row` to the log and send it to the tracker."""
         if not processes.is_main():
             return
         try:
@@ -133,24 +137,24 @@ class RunState:
         self.tracker.log(row)
 
     def finish(self) -> None:
-        """End the tracker and unlock the folder: what one process of a ladder has made, another opens next."""
+        """End the tracker and unlock the folder, so that another process of a ladder can open it."""
         self.tracker.finish()
         unlock_folder(self.folder)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: set[str]) -> None:
-    """Give `optimizer` what its `state_dict()` kept of each parameter; its options stay those of the configuration.
+    """Load the per-parameter state of `saved`, a `state_dict()`, into `optimizer`; its options are left unchanged.
 
     Args:
-        names: what the optimizer keeps of a parameter: "step", one number, and others of the parameter's shape.
+        names: keys of the state of a parameter: "step" is a scalar, all others have the parameter's shape.
 
     Raises:
-        ValueError: `saved` is of other parameters, or another optimizer's.
+        ValueError: `saved` belongs to other parameters or to another optimizer.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, kept in saved["state"].items():
         for name in names | kept.keys():
-            # A fused step reads as many numbers as its parameter has, whatever is there.
+            # Shapes must be checked: a fused step reads as many numbers as its parameter has, beyond a smaller tensor.
             shape = () if name == "step" else parameters[number].shape
             if name not in names or not kept[name].is_floating_point() or kept[name].shape != shape:
                 raise ValueError(f"{name} of parameter {number} is not this optimizer's")
@@ -158,16 +162,20 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], n
 
 
 def update_generator(seed: int, update: int) -> torch.Generator:
-    """The generator of everything that one update draws, in all processes together, so that a resumed run repeats it.
+    """Return the generator for all random numbers of one update, the same in every process and in a resumed run.
 
-    torch's generator on the CPU uses 32 bits of its seed and drops the rest without a word. Seeds are spread over
-    those bits by an odd constant; the updates of each count up from there.
+    torch's CPU generator uses only 32 bits of its seed and silently drops the rest. An odd constant spreads the seeds
+    over those bits; the number of the update is added.
     """
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + update) % (1 << 32))
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a log, numbers with names, update, loss and seconds among them; InputError where a line is none."""
+    """Return the rows of a log: dicts of numbers with at least update, loss and seconds.
+
+    Raises:
+        InputError: a line is not such a row.
+    """
     try:
         rows = [parse_json(line, path.name) for line in read_limited(path).splitlines()]
         for row in rows:

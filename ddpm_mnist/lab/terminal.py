@@ -9,23 +9,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def span(seconds: float) -> str:
-    """ "45 s", "1 min 20 s" or "2 h 5 min"."""
+    """Format a duration: "45 s", "1 min 20 s" or "2 h 5 min"."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-# Seconds between two lines of a job at least, its first and last apart.
+# Minimum number of seconds between two progress lines of a job, except its first and last.
 LINES_APART = 5
 
 
 @contextmanager
 def progress(label: str, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
-    """Show how far a job is, with the time left; yields `advance(completed, status="")`.
+    """Show the progress of a job and its remaining time; yield `advance(completed, status="")`.
 
-    In a terminal a bar; elsewhere (a file, a container's log, a notebook) a line at the start, one for every tenth, and
-    one at the end with the time that it took.
+    In a terminal this is a bar. Elsewhere (a file, a container's log, a notebook) it is a line at the start, one per
+    tenth of the job, and one at the end with the elapsed time.
     """
     if Console().is_terminal:
         name, status = (TextColumn(f"{{task.{part}}}", markup=False) for part in ("description", "fields[status]"))

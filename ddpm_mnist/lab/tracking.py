@@ -1,4 +1,4 @@
-"""A run's log and pictures in TensorBoard, Weights & Biases or Trackio, through accelerate."""
+"""Send a run's log and images to TensorBoard, Weights & Biases or Trackio, through accelerate."""
 
 import importlib.util
 import io
@@ -13,7 +13,7 @@ TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 
 
 def check_tracker(name: str) -> None:
-    """ValueError where there is no such tracker, or where its package is not installed."""
+    """Raise ValueError if the tracker `name` does not exist or its package is not installed."""
     if name not in TRACKERS:
         raise ValueError(f'tracker must be one of {", ".join(TRACKERS)}, not "{name}"')
     if name != "none" and importlib.util.find_spec(name) is None:
@@ -21,7 +21,10 @@ def check_tracker(name: str) -> None:
 
 
 class Tracker:
-    """Shows what a run logs. TensorBoard's files lie in `tensorboard/` in the run folder; "none" does nothing."""
+    """Sends a run's log to an experiment tracker; "none" does nothing.
+
+    TensorBoard's files are written to `tensorboard/` in the run folder.
+    """
 
     def __init__(self, name: str, folder: Path):
         self.name = name
@@ -29,12 +32,12 @@ class Tracker:
             return
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         self._tracker = kind(name, folder) if name == "tensorboard" else kind("efficientdm", name=folder.name)
-        # accelerate would show what its main process logs alone; of a ladder every process has students to show.
+        # accelerate drops the logs of all ranks but 0; in a ladder every rank trains students and logs.
         self._tracker.main_process_only = False
         self._tracker.start()
 
     def log(self, row: dict[str, Any]) -> None:
-        """The numbers of `row` at the update that it names."""
+        """Log the numbers of `row` at the step `row["update"]`."""
         if self.name != "none":
             self._tracker.log({key: value for key, value in row.items() if key != "update"}, step=row["update"])
 

@@ -1,4 +1,4 @@
-"""Write files whole: a reader sees the old file or the new one, never half of one."""
+"""Write files atomically: a reader sees the old file or the new one, never a part."""
 
 import json
 import os
@@ -11,17 +11,17 @@ from ddpm_mnist.lab.locks import HALF, forget_lost_lock, require_folder
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one.
+    """Write `content` to `path` atomically: to a temporary file in the same folder, which then replaces `path`.
 
-    Of several processes the main one writes, here and in `RunState`.
+    Only the main process writes.
 
     Raises:
-        InputError: the disk is full or read-only, or the like; what was there is there still.
+        InputError: the file cannot be written, e.g. on a full or read-only disk. An existing file stays unchanged.
     """
     if not processes.is_main():
         return
     require_folder(path)
-    path = path.resolve() if path.is_symlink() else path  # the link stays one
+    path = path.resolve() if path.is_symlink() else path  # replace the target, not the link
     beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def keep_mode(path: Path, beside: Path) -> None:
-    """Give the file `beside`, which will take the place of `path`, the permissions of what is there."""
+    """Copy the permissions of `path`, if it exists, to the temporary file `beside` that will replace it."""
     if path.exists():
         beside.chmod(path.stat().st_mode & 0o777)
 
@@ -47,22 +47,23 @@ def _beside(path: Path) -> Path:
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
-    """Make the error that says why `path` cannot be written."""
+    """Return the InputError for a failed write to `path`."""
     return InputError(f"cannot write {path}: {error.strerror}")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write as UTF-8, as `write_bytes` does."""
+    """Write `text` as UTF-8 to `path` atomically (see `write_bytes`)."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write as JSON, as `write_bytes` does."""
+    """Write `value` as JSON to `path` atomically (see `write_bytes`)."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def prepare_output(path: Path) -> None:
-    """Make the folder of an output before long work starts; InputError if it cannot hold the file."""
+    """Create the folder of the output file `path` before a long job starts; raise InputError if the file cannot be
+    written."""
     processes.from_main(lambda: _prepare_output(path))
 
 
@@ -78,7 +79,7 @@ def _prepare_output(path: Path) -> None:
         if path.exists() and not os.access(path, os.W_OK):
             raise InputError(f"cannot write {path}: it is read-only")
         beside = _beside(path.resolve())
-        beside.touch()  # is it allowed, and is the name not too long?
+        beside.touch()  # raises if the folder is not writable or the name is too long
         beside.unlink(missing_ok=True)
     except InputError:
         raise
@@ -87,11 +88,11 @@ def _prepare_output(path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.filename} is {what}") from error
     except OSError as error:
         raise cannot_write(path, error) from error
-    except (ValueError, RuntimeError) as error:  # a name with a zero byte; links in a circle
+    except (ValueError, RuntimeError) as error:  # a null byte in the name; a cycle of symbolic links
         raise InputError(f"cannot write {str(path)!r}: {error}") from error
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether something lies there that a model is made of, which is not to be written over."""
+    """Return whether `folder` contains files of a model, which must not be overwritten."""
     parts = ("config.json", "unet", "model_index.json", "model.safetensors", "model.onnx", "scheduler", "metrics.json")
     return any((folder / part).exists() for part in parts)

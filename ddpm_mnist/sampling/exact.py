@@ -1,7 +1,7 @@
-"""Functions that are the same bytes on every processor, unlike those of NumPy and torch.
+"""Logarithm and cosine with bitwise identical results on every processor, unlike those of NumPy and torch.
 
-They are made of nothing but + − × ÷ and √ on float64. IEEE 754 leaves each of these one result, and each is a NumPy
-call of its own, so no compiler fuses a product with a sum.
+They use only + − × ÷ and √ on float64, which IEEE 754 rounds exactly. Each operation is a separate NumPy call, so no
+compiler fuses a multiplication with an addition.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ LN_2 = 0.6931471805599453
 
 
 def log(x: Array) -> Array:
-    """The natural logarithm of x > 0, to a few units of the last place.
+    """Return the natural logarithm of x > 0, accurate to a few units in the last place.
 
     x = m·2^n with m in [√½, √2), and ln m = 2·artanh(s) = 2·(s + s³/3 + s⁵/5 + …) with s = (m - 1)/(m + 1). As
     |s| < 0.172, the terms after the eleventh are below 1e-18 of the sum.
@@ -30,7 +30,7 @@ def log(x: Array) -> Array:
 
 
 def cosine(x: Array) -> Array:
-    """The cosine of x in [0, π/2], to 1e-16: 1 − x²/2·(1 − x²/12·(1 − …)), by twelve terms."""
+    """Return the cosine of x in [0, π/2], accurate to 1e-16: twelve terms of 1 − x²/2·(1 − x²/12·(1 − …))."""
     square, series = x * x, np.ones_like(x)
     for power in range(24, 0, -2):
         series = 1 - square / (power * (power - 1)) * series

@@ -1,8 +1,8 @@
-"""The noise of an image: normal numbers that are the same bytes on every processor.
+"""Draw normal noise that is bitwise identical on every processor.
 
-Those of torch and NumPy are not: they pass through vectorised or library functions whose last bits differ from one
-machine to the next. Here the words of Philox, whole numbers, go through the inverse of the normal distribution, in
-nothing but exact operations (`ddpm_mnist.sampling.exact`).
+The normal numbers of torch and NumPy are not: they use vectorised or library functions whose last bits depend on the
+machine. Here Philox's random integers go through the inverse normal CDF, computed with exactly rounded operations only
+(`ddpm_mnist.sampling.exact`).
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_mnist.sampling.exact import Array, log
 
-# What is kept of an image or a student names it: one that was made from other noise is not mixed with new ones.
+# Name of the noise generator, stored with images and students so that results from different noise are not mixed.
 STREAM = "Philox4x64-10, AS 241"
 
 # AS 241, PPND16: numerator and denominator of three rational functions, from the highest power down to the constant.
@@ -50,7 +50,7 @@ FAR_TAIL = (
 
 
 def image_generators(seeds: range) -> list[np.random.Philox]:
-    """One generator per image, so that an image depends on its own seed and on nothing else.
+    """Return one generator per image, so that an image depends on its own seed only.
 
     Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the seed as its key.
     NumPy guarantees its stream of words.
@@ -59,9 +59,9 @@ def image_generators(seeds: range) -> list[np.random.Philox]:
 
 
 def draw_noise(generators: list[np.random.Philox], shape: tuple[int, ...]) -> Tensor:
-    """The next noise of every image, float (N, *shape), on the CPU.
+    """Draw the next noise of every image: float (N, *shape), on the CPU.
 
-    A number is one 64-bit word: its upper 52 bits, in the middle of their interval, are u in (0, 1) without rounding.
+    Each number uses one 64-bit integer: its upper 52 bits k give u = (k + 1/2) / 2^52 in (0, 1), without rounding.
     """
     words = np.stack([generator.random_raw(math.prod(shape)) for generator in generators])
     u = ((words >> 12) + 0.5) / 2**52
@@ -69,7 +69,7 @@ def draw_noise(generators: list[np.random.Philox], shape: tuple[int, ...]) -> Te
 
 
 def normal_quantile(u: Array) -> Array:
-    """The z below which a standard normal number lies with probability u, to some 1e-15 of z.
+    """Return the quantile z of the standard normal distribution at probability u, to a relative error of about 1e-15.
 
     Algorithm AS 241, PPND16 (Wichura, Applied Statistics 37, 1988).
 
@@ -91,7 +91,7 @@ def _outer(size: Array) -> Array:
 
 
 def _ratio(coefficients: tuple[tuple[float, float], ...], r: Array) -> Array:
-    """A rational function at r, by Horner's rule."""
+    """Evaluate a rational function at r by Horner's rule."""
     above, below = np.zeros_like(r), np.zeros_like(r)
     for numerator, denominator in coefficients:
         above, below = above * r + numerator, below * r + denominator

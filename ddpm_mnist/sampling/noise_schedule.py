@@ -1,4 +1,4 @@
-"""What a denoiser was trained for: its noise schedule and its answer, as the scheduler in its folder tells."""
+"""Read a denoiser's noise schedule and prediction type from the config of its diffusers scheduler."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from ddpm_mnist.lab import InputError
 from ddpm_mnist.sampling.exact import Array, cosine
 from ddpm_mnist.scheduler import EpsilonScalingScheduler, make_sampling_scheduler
 
-# The schedulers of diffusers for that noise schedule; those of other processes (VE, EDM, flows) say something else.
+# diffusers' schedulers for the variance-preserving process of DDPM; others (VE, EDM, flow matching) are refused.
 CLASSES = (
     "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", EpsilonScalingScheduler.__name__,
 )  # fmt: skip
 
-# Fields that say what the network was trained for and how its x0 is clipped, and fields of the solver that another
-# scheduler would be: with whatever value.
+# Fields that are accepted with any value: those of the training process and of the clipping of x0 (HONOURED), and those
+# of solvers that are not used here (OF_OTHER_SOLVERS).
 HONOURED = {
     "num_train_timesteps", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr", "clip_sample",
     "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "steps_offset",
@@ -37,9 +37,9 @@ BOOLEANS = {
     "lower_order_final",
     "euler_at_final",
 }
-# Fields that are numbers, with the least that they may be.
+# Numeric fields and their minimum values.
 NUMBERS = {"beta_start": 0, "beta_end": 0, "steps_offset": 0, "clip_sample_range": 1e-6, "eps_scale": 1e-6}
-# Fields that change the process itself, with the values that are supported.
+# Fields that change the process itself, with their supported values.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -58,10 +58,10 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """x_t = √ᾱ_t·x0 + √(1 − ᾱ_t)·ε (DDPM, arXiv 2006.11239, eq. 4), and what a network answers to x_t.
+    """A noise schedule, x_t = √ᾱ_t·x0 + √(1 − ᾱ_t)·ε (DDPM, arXiv 2006.11239, eq. 4), and a network's prediction type.
 
     Attributes:
-        config: the scheduler's own, as its file has it.
+        config: the scheduler's config, as in its file.
         alphas_cumprod: ᾱ_t, float64 (num_train_timesteps,).
         prediction_type: "epsilon", "v_prediction" (√ᾱ_t·ε − √(1 − ᾱ_t)·x0, arXiv 2202.00512) or "sample" (x0).
     """
@@ -72,21 +72,21 @@ class Schedule:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The config without the names that diffusers adds to it."""
+        """The config without diffusers' private keys, which begin with "_"."""
         return _fields(self.config)
 
     @property
     def num_train_timesteps(self) -> int:
-        """How many timesteps the network was trained on."""
+        """Number of timesteps that the network was trained on."""
         return len(self.alphas_cumprod)
 
     @property
     def eps_scale(self) -> float:
-        """What ε is multiplied with in sampling: see `EpsilonScalingScheduler`."""
+        """Factor on ε in sampling (see `EpsilonScalingScheduler`)."""
         return float(self.fields.get("eps_scale", 1.0))
 
     def scaled(self, eps_scale: float) -> dict[str, Any]:
-        """The config of a scheduler like this one with that factor on ε."""
+        """Return the scheduler config with the factor `eps_scale` on ε."""
         if eps_scale == self.eps_scale:
             return dict(self.config)
         clips = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
@@ -94,7 +94,7 @@ class Schedule:
         return {**self.config, **clips, "_class_name": EpsilonScalingScheduler.__name__, "eps_scale": eps_scale}
 
     def clip_range(self, solver: str) -> float | None:
-        """The largest |x0| that sampling lets through, or None. A file that is silent: what diffusers' solver does."""
+        """Return the bound at which sampling clips |x0|, or None; by default that of diffusers' `solver`."""
         if self.fields.get("thresholding"):
             return 1.0
         clips = self.fields.get("clip_sample", solver == "ddim")
@@ -102,15 +102,15 @@ class Schedule:
 
 
 def read_schedule(config: Mapping[str, Any]) -> Schedule:
-    """The schedule that the config of a scheduler of diffusers describes.
+    """Return the schedule that the config of a diffusers scheduler describes.
 
     Raises:
-        InputError: it says something that is not supported, or not known here; named.
+        InputError: a field is unknown, or its value is not supported; the message names it.
     """
     name, defaults = config.get("_class_name", "no class"), config.get("_use_default_values", [])
     if not isinstance(defaults, list):
         raise InputError(f"its scheduler has _use_default_values = {defaults!r}, which is no list")
-    # What a scheduler was not told is left to its reader's own defaults, as diffusers does.
+    # As in diffusers, fields that were left at their defaults take the defaults of the class that reads the config.
     config = {key: value for key, value in config.items() if key not in [*defaults, "_use_default_values"]}
     if name not in CLASSES:
         raise InputError(
@@ -142,7 +142,7 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
             "its scheduler has thresholding = True, which is not supported: no linear solver can follow it"
         )
     try:
-        with np.errstate(all="ignore"):  # what is no number between 0 and 1 is refused
+        with np.errstate(all="ignore"):  # NaN and infinity are refused by the check of the betas
             alphas_cumprod = _alphas_cumprod(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"its scheduler is of no use: {error}") from error
@@ -154,9 +154,9 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_schedule() -> Schedule:
-    """Return the schedule of the teachers that `train_teacher` makes, for folders without a scheduler.
+    """Return the schedule of `train_teacher`'s models, which folders without a scheduler get.
 
-    DDPM's 1000 linear steps, ε-prediction, sampled from the last timestep down, x0 clipped to [-1, 1].
+    It has DDPM's 1000 linear steps and ε-prediction, "trailing" timestep spacing, and x0 clipped to [-1, 1].
     """
     return read_schedule({"_class_name": EpsilonScalingScheduler.__name__, **make_sampling_scheduler().config})
 
@@ -178,8 +178,8 @@ def _alphas_cumprod(fields: Mapping[str, Any]) -> Array:
         betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     if betas.shape != (count,) or not ((betas > 0) & (betas < 1)).all():
         raise ValueError(f"its betas must be {count:,} numbers between 0 and 1")
-    alphas_cumprod = np.multiply.accumulate(1 - betas)  # one factor after the other
-    if fields.get("rescale_betas_zero_snr"):  # arXiv 2305.08891, algorithm 1: no signal is left at the end
+    alphas_cumprod = np.multiply.accumulate(1 - betas)  # sequential, so that the rounding is fixed
+    if fields.get("rescale_betas_zero_snr"):  # arXiv 2305.08891, algorithm 1: zero terminal SNR
         signal = np.sqrt(alphas_cumprod)
         alphas_cumprod = ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2
     return alphas_cumprod

@@ -1,4 +1,4 @@
-"""Draw images with any denoiser: seeded noise, solver steps, rounding to bytes."""
+"""Sample images from a denoiser: draw seeded noise, take the solver's steps, round to bytes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from ddpm_mnist.sampling.noise import draw_noise, image_generators
 from ddpm_mnist.sampling.solver import Conditions, Denoiser, SamplerConfig, Solver
 from quant.context import plain_torch
 
-# Seeds of images lie in 0…2^31 - 1; as many more, from there on, belong to training.
+# Seeds of images lie in 0…2^31 - 1, seeds of training trajectories in 2^31…2^32 - 1.
 SEED_LIMIT = 1 << 31
 
 
-# A class that is embedded as a time is one up to this: as far as integers promise their sines.
+# Largest class label that is embedded as a timestep: the integer runtime computes sines up to this argument.
 LARGEST_TIME = 1 << 20
 
 
@@ -31,10 +31,10 @@ class Step(NamedTuple):
 
 
 def image_shape(denoiser: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the images of a model with a config of UNet2DModel's kind.
+    """Return channels, height and width of a model's images, from its config (fields as in UNet2DModel).
 
     Raises:
-        InputError: its config names no size, or other channels go in than come out.
+        InputError: the config has no valid sample_size, or in_channels and out_channels differ.
     """
     config = denoiser.config
     size, channels = config.sample_size, config.in_channels
@@ -51,10 +51,10 @@ def image_shape(denoiser: Any) -> tuple[int, int, int]:
 
 
 def choose_conditions(denoiser: Any, config: SamplerConfig, seeds: range) -> dict[str, Tensor]:
-    """Return the class of each image of `seeds`, by its own seed: {"class_labels": long (N,)}, or {} without classes.
+    """Return {"class_labels": long (N,)}, the class of each image by its seed, or {} for an unconditional model.
 
     Raises:
-        InputError: the config's labels are not the model's.
+        InputError: the config names classes that the model does not have.
     """
     options, null = denoiser.config, config.null_class
     kind, count = options.get("class_embed_type"), options.get("num_class_embeds")
@@ -67,7 +67,7 @@ def choose_conditions(denoiser: Any, config: SamplerConfig, seeds: range) -> dic
     first, kinds = 0, "classes"
     if kind == "timestep":
         embedding, kinds = options.time_embedding_type, "times as classes (class_embed_type)"
-        first = int(embedding == "fourier")  # the logarithm is taken
+        first = int(embedding == "fourier")  # it takes the logarithm
         count = (options.num_train_timesteps or 0) if embedding == "learned" else LARGEST_TIME + 1
     kinds = f"it has the {kinds} {first}…{count - 1}"
     named = config.labels if null is None else (*config.labels, null)
@@ -87,10 +87,10 @@ def denoise(
     device: str | torch.device = "cpu",
     conditions: Conditions | None = None,
 ) -> Iterator[Step]:
-    """Denoise one batch from the noise of `seeds`, yielding every step; the last `x_next` is the image.
+    """Denoise one batch from the noise of `seeds` and yield every step; the last `x_next` is the image.
 
     Args:
-        conditions: further arguments of the denoiser, each (N, …). None: those of `choose_conditions`.
+        conditions: further arguments of the denoiser, each (N, …). None: the result of `choose_conditions`.
     """
     generators, shape = image_generators(seeds), image_shape(denoiser)
     if conditions is None:
@@ -109,7 +109,7 @@ def denoise(
 
 
 def batches(seed: int, count: int, batch_size: int) -> Iterator[range]:
-    """The seeds `seed` … `seed + count - 1`, at most `batch_size` at a time."""
+    """Yield the seeds `seed` … `seed + count - 1` in ranges of at most `batch_size`."""
     for start in range(seed, seed + count, batch_size):
         yield range(start, min(start + batch_size, seed + count))
 
@@ -124,13 +124,15 @@ def sample(
     device: str | torch.device = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Images uint8 (num_images, H, W), or (num_images, H, W, C) of more channels than one, on the CPU.
+    """Sample images: uint8 (num_images, H, W), or (num_images, H, W, C) for C > 1, on the CPU.
 
-    Image i starts from the noise of seed + i. `progress` is called after each batch with the number that are done.
-    Several processes share out the batches; each gets all images.
+    Image i starts from the noise of seed + i. The batches are distributed over the processes; each gets all images.
+
+    Args:
+        progress: called after each batch with the number of finished images.
 
     Raises:
-        InputError: the model overflows.
+        InputError: the model's output is not finite.
     """
 
     def draw(seeds: range) -> Tensor:
@@ -145,12 +147,12 @@ def sample(
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images uint8 (N, H, W) or (N, H, W, C) → float (N, C, H, W) in [-1, 1]."""
+    """Convert images uint8 (N, H, W) or (N, H, W, C) to float (N, C, H, W) in [-1, 1]."""
     images = images if images.dim() == 4 else images.unsqueeze(-1)
     return rearrange(images, "n h w c -> n c h w").float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images float (N, C, H, W) in [-1, 1] → uint8 (N, H, W) of one channel, (N, H, W, C) of more, on the CPU."""
+    """Convert images float (N, C, H, W) in [-1, 1] to uint8 (N, H, W) for C = 1, else (N, H, W, C), on the CPU."""
     images = rearrange(((x.clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").cpu()
     return images[..., 0] if images.shape[-1] == 1 else images

@@ -1,4 +1,4 @@
-"""diffusers' DDIM and DPM-Solver++ as linear steps, with the same bytes on every processor."""
+"""diffusers' DDIM and DPM-Solver++ as linear steps, with bitwise identical results on every processor."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from ddpm_mnist.sampling.noise_schedule import Schedule, default_schedule
 from ddpm_mnist.scheduler import check_eps_scale
 from quant.context import plain_torch
 
-# DPM-Solver++ (2M): what else diffusers' scheduler of that name can be is refused.
+# Options of DPM-Solver++ (2M); other variants of diffusers' DPMSolverMultistepScheduler are refused.
 DPM_OPTIONS = {
     "solver_order": 2,
     "algorithm_type": "dpmsolver++",
@@ -27,36 +27,38 @@ DPM_OPTIONS = {
 }
 
 
-# Names that only other schedulers know for fields of DPM-Solver++. diffusers' own takes the default in their place.
+# Values that these fields have in other schedulers only. As in diffusers, DPM-Solver++ replaces them by its defaults.
 OTHERS_NAMES = {"algorithm_type": ("deis",), "solver_type": ("logrho", "bh1", "bh2")}
 
 
 # A denoiser is called as `denoiser(x_t, t, **conditions).sample`: x_t float (N, C, H, W), t long (N,). Its `config` has
-# the fields of UNet2DModel's.
+# the fields of UNet2DModel's config.
 Denoiser = Callable[..., Any]
-# Arguments of a denoiser beside x_t and t, a row per sample: class_labels long (N,), encoder_hidden_states (N, L, D).
+# Further arguments of a denoiser, one row per sample: class_labels long (N,), encoder_hidden_states (N, L, D).
 Conditions = Mapping[str, Tensor]
 
 
 @dataclass
 class SamplerConfig:
-    """How images are drawn."""
+    """How images are sampled."""
 
     solver: str = "dpm++"
     """"ddim": DDIM with the clipped model output. "dpm++": DPM-Solver++ (2M) with clipped x0."""
     num_steps: int = 20
-    """Denoising steps, from 1 to the training timesteps of the model's schedule, spaced as its scheduler says."""
+    """Denoising steps, from 1 to the number of training timesteps; spaced as the model's scheduler says."""
     eta: float = 0.0
     """DDIM's η (arXiv 2010.02502, eq. 16), 0 to 1: 0 is deterministic, 1 adds as much noise as DDPM. "ddim" only."""
     eps_scale: float | None = None
-    """Factor on the model's ε before each step (arXiv 2308.15321), at least 1e-6. None: as its scheduler says."""
+    """Factor on the model's ε before each step (arXiv 2308.15321), at least 1e-6. None: that of the model's
+    scheduler."""
     labels: tuple[int, ...] = ()
-    """Of a class-conditional model: the classes in turn, image i gets that of number seed + i. Empty: all of them."""
+    """Classes of a class-conditional model, used in turn: image i gets labels[(seed + i) mod n] of the n classes.
+    Empty: all classes."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance (arXiv 2207.12598), null + scale · (class − null): at least 0; 1 is none. Needs
-    null_class."""
+    """Scale of classifier-free guidance (arXiv 2207.12598), null + scale · (class − null), at least 0. 1: no guidance.
+    Needs null_class."""
     null_class: int | None = None
-    """The class that stands for none, if the model was trained with one. It is not drawn unless `labels` names it."""
+    """The unconditional class, if the model was trained with one. It is not sampled unless `labels` contains it."""
 
     def __post_init__(self) -> None:
         if self.solver not in ("ddim", "dpm++"):
@@ -76,10 +78,10 @@ class SamplerConfig:
 
 
 def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    """The diffusers scheduler that `config` names, over `schedule`, its timesteps set.
+    """Return the diffusers scheduler of `config` for `schedule`, with its timesteps set.
 
     Raises:
-        InputError: it cannot do what the schedule's own scheduler says, or not in so many steps.
+        InputError: the solver does not support an option of the schedule, or this number of steps.
     """
     kind: Any = DDIMScheduler if config.solver == "ddim" else DPMSolverMultistepScheduler
     fields = {key: schedule.fields[key] for key in inspect.signature(kind).parameters if key in schedule.fields}
@@ -88,11 +90,11 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
     if config.solver == "dpm++":
         if clip_range not in (None, 1.0):
             raise InputError(f'solver "dpm++" clips x0 at 1 or not at all, not at {clip_range}; "ddim" does')
-        # With these three x0 is clipped to [-1, 1]: diffusers' DPM-Solver++ has no other way to say it.
+        # These options clip x0 to [-1, 1]; diffusers' DPM-Solver++ has no clip_sample.
         fields |= {"thresholding": clip_range == 1, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
     try:
         scheduler = kind(**fields)
-    except Exception as error:  # diffusers checks little of what a file may say
+    except Exception as error:  # diffusers validates few of the fields, so that errors of any type can follow
         raise InputError(f"its scheduler is of no use: {error}") from error
     for name, value in DPM_OPTIONS.items():
         if scheduler.config.get(name, value) != value:
@@ -100,12 +102,12 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
             raise InputError(f'its scheduler has {name} = {now}, which "dpm++" does not support, only {value}')
     total = schedule.num_train_timesteps
     timesteps: list[int] = []
-    if config.num_steps <= total:  # diffusers would make room for any number first
+    if config.num_steps <= total:  # diffusers would allocate any number of timesteps
         with suppress(Exception):
             scheduler.set_timesteps(config.num_steps)
             timesteps = scheduler.timesteps.tolist()
     if len(set(timesteps)) != config.num_steps or not 0 <= timesteps[-1] <= timesteps[0] < total:
-        # Some numbers, 61 of 1000 the first of them, miss their own count in diffusers' "trailing" spacing.
+        # diffusers' "trailing" spacing returns a wrong number of timesteps for some num_steps, e.g. 61 of 1000.
         spacing = scheduler.config.timestep_spacing
         raise InputError(f'num_steps {config.num_steps} cannot be spaced over {total} timesteps, "{spacing}"')
     return scheduler
@@ -114,24 +116,25 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
 class Solver:
     """A linear solver: every step is x' = a·x + b·x0 + c·x0_prev + s·z.
 
-    x0 = (u·x − v·y) / w, clipped as the schedule says, is what the denoiser's answer y implies: (x − σ_t·ε) / α_t for
-    an ε, which is multiplied by `eps_scale` first. x0_prev is the same of the step before, z fresh noise. DDIM (with
-    the clipped model output, at any η) and DPM-Solver++ (2M) are of this form, and samples of one batch may stand at
-    different steps, which no scheduler of diffusers allows.
+    x0 = (u·x − v·y) / w is the prediction that follows from the denoiser's output y, clipped as the schedule says. For
+    ε-prediction it is (x − σ_t·ε) / α_t, with ε multiplied by `eps_scale` first. x0_prev is the prediction of the
+    previous step, z is new noise. DDIM (with clipped model output, for any η) and DPM-Solver++ (2M) have this form.
+    The samples of a batch may be at different steps, which diffusers' schedulers do not allow.
 
-    The numbers are worked out in float64 by exact operations, then rounded: the same bytes on every processor, which
-    those of diffusers, float32 by vectorised functions, are not. The steps keep to one operation at a time for the same
-    reason: what fuses a product with a sum (addcmul, lerp) rounds once on one processor, twice on another.
+    The coefficients are computed in float64 with exactly rounded operations and then rounded to float32, so they are
+    bitwise identical on every processor. diffusers' are not: they use vectorised float32 functions. For the same
+    reason a step uses separate operations: a fused multiply-add (addcmul, lerp) rounds once on one processor and twice
+    on another.
 
     Attributes:
-        config, schedule: what it was made from; by default the house's schedule.
-        timesteps: long (T,), the training timestep of each step, falling.
-        eps_scale: the config's, or else the schedule's.
+        config, schedule: the arguments; without a schedule that of `default_schedule`.
+        timesteps: long (T,), the training timestep of each step, decreasing.
+        eps_scale: factor on ε, from the config, or else from the schedule.
         coefficients: float (T, 4), the rows (a, b, c, s).
         is_stochastic: whether any step adds noise.
 
     Raises:
-        InputError: diffusers' solver cannot do what the schedule says.
+        InputError: the solver does not support the schedule.
     """
 
     @plain_torch()
@@ -164,8 +167,8 @@ class Solver:
 
     @plain_torch(inference=True)
     def model_output(self, denoiser: Denoiser, step: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
-        """Evaluate the denoiser at x float (N, C, H, W) and `step` long (N,), with classifier-free guidance if the
-        config asks for it.
+        """Evaluate the denoiser at x float (N, C, H, W) and `step` long (N,), with the config's classifier-free
+        guidance.
 
         Args:
             conditions: further arguments of the denoiser, each (N, …), such as class_labels.
@@ -180,23 +183,24 @@ class Solver:
         return unconditional + scale * (conditional - unconditional)
 
     def predict_x0(self, step: Tensor, x: Tensor, answer: Tensor) -> Tensor:
-        """The clipped x0 of the denoiser's `answer` at `step` long (N,); x and answer float (N, C, H, W)."""
+        """Return the clipped x0 for the denoiser's output `answer` at `step` long (N,); x and answer float
+        (N, C, H, W)."""
         u, v, w = (_per_sample(column, step, x) for column in self._to_x0.T)
         x0 = (u * x - v * answer) / w
         return x0 if self._clip_range is None else x0.clamp(-self._clip_range, self._clip_range)
 
     def add_noise(self, step: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
-        """The state of `x0` at `step` long (N,) under the noise `eps`; x0 and eps float (N, C, H, W)."""
+        """Return the noisy state x_t of `x0` at `step` long (N,) with the noise `eps`; both float (N, C, H, W)."""
         return _per_sample(self._alpha, step, x0) * x0 + _per_sample(self._sigma, step, x0) * eps
 
     def target(self, step: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
-        """What a perfect denoiser answers to that state."""
+        """Return the training target at the state of `add_noise`: ε, v or x0, by the prediction type."""
         alpha, sigma = (_per_sample(table, step, x0) for table in (self._alpha, self._sigma))
         answers = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}
         return answers[self.schedule.prediction_type]
 
     def advance(self, step: Tensor, x: Tensor, x0: Tensor, x0_prev: Tensor, z: Tensor | None = None) -> Tensor:
-        """The state after `step` long (N,); at step 0 the value of `x0_prev` does not count."""
+        """Return the state after `step` long (N,). At step 0 `x0_prev` has no effect."""
         a, b, c, s = (_per_sample(column, step, x) for column in self.coefficients.T)
         x = a * x + b * x0 + c * x0_prev
         return x if z is None else x + s * z
@@ -211,22 +215,22 @@ def _to_tensor(array: Array) -> Tensor:
 
 
 def _make_coefficients(config: SamplerConfig, options: Any, t: NDArray[np.int64], alphas_cumprod: Array) -> Array:
-    """The rows (a, b, c, s) of the steps from the timesteps `t`, float64 (T, 4).
+    """Return the rows (a, b, c, s) of the steps from the timesteps `t`, float64 (T, 4).
 
-    DDIM (arXiv 2010.02502, eq. 12 and 16) with the ε that the clipped x0 implies, (x - α·x0) / σ. DPM-Solver++ (2M)
-    (arXiv 2211.01095, algorithm 2) is the same step at η = 0, but for an x0 that is extrapolated from the step before
-    in λ = ln(α/σ). The first step has none before it; the last none either, if no noise is left or steps are few.
+    DDIM (arXiv 2010.02502, eq. 12 and 16) uses the ε that follows from the clipped x0, (x - α·x0) / σ. DPM-Solver++
+    (2M) (arXiv 2211.01095, algorithm 2) is the same step at η = 0, with x0 extrapolated from the previous step in
+    λ = ln(α/σ). The first step is of first order; so is the last if it removes all noise or if there are few steps.
 
     Args:
-        options: the config of diffusers' scheduler.
+        options: the config of the diffusers scheduler.
     """
     ddim = config.solver == "ddim"
     ends_clean = options.set_alpha_to_one if ddim else options.final_sigmas_type == "zero"
-    # At timestep -1 stands what is left in the end: the image, or as much noise as at timestep 0.
+    # Index -1 holds ᾱ after the last step: 1 (no noise), or the value at timestep 0.
     alphas_cumprod = np.append(alphas_cumprod, 1.0 if ends_clean else alphas_cumprod[0])
     t_next = np.append(t[1:], -1)
     if ddim:
-        # diffusers goes down by the whole part of a step's length, though the next timestep may lie one further.
+        # diffusers subtracts the integer part of the step length, although the next timestep may be one lower.
         t_next = np.maximum(t - options.num_train_timesteps // config.num_steps, -1)
     now, after = alphas_cumprod[t], alphas_cumprod[t_next]
     alpha, sigma = np.sqrt(now), np.sqrt(1 - now)
@@ -235,7 +239,7 @@ def _make_coefficients(config: SamplerConfig, options: Any, t: NDArray[np.int64]
     b = np.sqrt(after) - a * alpha
     c = np.zeros_like(b)
     if not ddim:
-        few = options.lower_order_final and len(t) < 15  # diffusers' own number
+        few = options.lower_order_final and len(t) < 15  # the limit in diffusers
         count = len(t) - 1 if ends_clean or few or options.euler_at_final else len(t)
         ends = after[:count]
         h = np.diff(log(np.sqrt(np.append(now[0], ends) / (1 - np.append(now[0], ends)))))

@@ -261,7 +261,7 @@ def test_a_released_student_draws_and_brings_its_config_and_score(name):
         ("fid", ["--output", "{folder}"], "output must end in .json"),
         ("fid", ["--config", "{broken}"], "broken.yaml cannot be parsed: "),
         ("fid", ["--config", "nothing"], 'no configuration "nothing": neither a file nor one of fashion, '),
-        ("teacher", ["--config", "quick"], "quick.yaml: no option --teacher; did you mean "),
+        ("teacher", ["--config", "released"], "released.yaml: no option --rungs; "),
         ("fid", ["--num-steps", "61"], "num_steps 61 cannot be spaced"),
         ("sample", ["--output", "x.jpg"], "output must end in .npy or .png, not x.jpg"),
         ("sample", ["--output", "{broken}/x.npy"], "broken.yaml is a file, and no folder"),

@@ -46,7 +46,7 @@ def test_help_explains_every_option_in_words(name, capsys):
         if option not in ("config", "print_config"):
             assert re.search(r"\w.*[.)] (Default: .+|Required)\.$", words), (option, words)
         if kind in ("INTEGER", "NUMBER") and option.rpartition(".")[2] not in ("image_size", "null_class"):
-            assert re.search(r"at least|above| to |from 1|2…8|divides", words), f"{option} says no range: {words}"
+            assert re.search(r"at least|above| to |from 1|2…8|divide", words), f"{option} says no range: {words}"
     for inside in ("<class", "Union", "(type:", "Raises", "PosixPath", "None:", "= <", "Path to a configuration"):
         assert inside not in text
     for line in text.splitlines():
