@@ -1,4 +1,4 @@
-"""Every runtime side by side: milliseconds per denoising step, memory, and bytes on disk."""
+"""Benchmark all runtimes: milliseconds per denoising step, memory, and bytes on disk."""
 
 import dataclasses
 import importlib.util
@@ -42,22 +42,22 @@ from quant.summary import summarise
 @dataclass
 class BenchConfig:
     student: str = "w4a4"
-    """The student: a released name or a run folder."""
+    """The student: the name of a released model, or a run folder."""
     teacher: str = "teacher"
-    """The full-precision model: a released name, or a folder of diffusers."""
+    """The full-precision model: the name of a released model, or a diffusers folder."""
     batch_sizes: tuple[int, ...] = (1, 16, 64, 256)
     """Images per denoising step, each at least 1."""
     rounds: int = 15
-    """Interleaved rounds, at least 1: in each, every runtime takes one step; the table shows medians."""
+    """Rounds, at least 1: each times one step of every runtime. The table shows medians."""
     isa: str = "best"
-    """Instruction sets of the integer student: "best", as EFFICIENTDM_ISA or the processor chooses; "all" that the
-    processor has, side by side; or one by its name."""
+    """Instruction sets of the integer student: "best" (from EFFICIENTDM_ISA, or else the processor's best), "all" that
+    the processor supports, or a name."""
     threads: int = 0
-    """Threads of every runtime, at least 0: as many as PyTorch takes."""
+    """Threads of every runtime, at least 0. 0: PyTorch's default."""
     num_steps: int = 20
-    """Denoising steps per image, at least 1, for images_per_second."""
+    """Denoising steps per image, at least 1, to compute images per second."""
     output: Path = Path("bench.json")
-    """JSON; the table as Markdown and the chart as PNG are written beside it."""
+    """JSON file of the results. A table (.md) and a chart (.png) with the same name are written as well."""
 
     def __post_init__(self) -> None:
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -69,7 +69,7 @@ class BenchConfig:
             raise ValueError("rounds and num_steps must be at least 1, threads at least 0")
 
     def isas(self) -> list[str]:
-        """By their names, the best first."""
+        """Return the names of the instruction sets, the best first."""
         if self.isa == "all":
             return list(available()) or [choose().isa]
         return [choose(None if self.isa == "best" else self.isa).isa]
@@ -86,20 +86,20 @@ class Row:
     """Median over the rounds."""
     images_per_second: float
     peak_memory_mib: float | None
-    """Growth of the process's resident memory at its peak during a step; None where the system does not tell."""
+    """Peak growth of the process's resident memory during a step; None if the system does not report it."""
 
 
 @plain_torch()
 @by_main
 def benchmark(config: BenchConfig) -> list[Row]:
-    """Time one denoising step of every runtime in turn, in one process, and write the figures.
+    """Time one denoising step of every runtime, alternating in one process, and write the results.
 
-    Runtimes: the teacher in diffusers, eager and compiled (channels-last), each in float and under bfloat16; the
-    student simulated and on integers, on each instruction set that is asked for; both exported to ONNX, in ONNX Runtime
-    and OpenVINO if they are installed, in float, bfloat16, and static int8 (the teacher, quantized by ONNX Runtime).
+    Runtimes: the teacher in diffusers, eager and compiled (channels-last), each in float and with bfloat16 autocast;
+    the student simulated and with integers on each instruction set of `isa`; both exported to ONNX, in ONNX Runtime and
+    (if installed) OpenVINO, in float, bfloat16, and static int8 (the teacher, quantized by ONNX Runtime).
 
     Raises:
-        InputError: no such model, or the student is none.
+        InputError: a model does not exist, or `student` is no student.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -113,12 +113,12 @@ def benchmark(config: BenchConfig) -> list[Row]:
         raise InputError(
             f'"{config.teacher}" draws images of {models[0].shape}, "{config.student}" of {models[1].shape}'
         )
-    load_model(config.student, "integer")  # refuses a student that integers do not follow
+    load_model(config.student, "integer")  # raises if the integer runtime does not support the student
     solver = models[1].solver(SamplerConfig(num_steps=config.num_steps))
     prepare_output(config.output)
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        # PyTorch's own cache does not tell apart what was compiled under other limits on the instruction set.
+        # A new cache: PyTorch's does not distinguish code that was compiled for other instruction sets.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")
         runtimes = {
             **torch_runtimes(teacher, student, config.isas()),
@@ -150,7 +150,8 @@ def benchmark(config: BenchConfig) -> list[Row]:
 
 
 def _inputs(student: QuantizedUNet, solver: Solver, batch_size: int) -> tuple[Tensor, ...]:
-    """A batch at the middle of the denoising: x float (N, C, H, W), t (), and the classes (N,) of a model with such."""
+    """Return a batch at the middle timestep: x float (N, C, H, W), t (), and class labels (N,) if the model has
+    classes."""
     conditions = choose_conditions(student, solver.config, range(batch_size))
     x, t = torch.randn(batch_size, *image_shape(student)), solver.timesteps[len(solver.timesteps) // 2]
     return x, t, *conditions.values()
@@ -180,7 +181,7 @@ def _time(runtimes: Runtimes, inputs: tuple[Tensor, ...], config: BenchConfig) -
 
 
 def _integer_step(student: QuantizedUNet, inputs: tuple[Tensor, ...], config: BenchConfig) -> dict[str, float]:
-    """Where the integer student's time goes: the threads' own clocks tell codes and products apart."""
+    """Time a step of the integer student, and the share of its integer products, measured by the threads' clocks."""
     integer, batch_size = to_integer(student, config.isas()[0]), len(inputs[0])
     integer(*inputs)
     milliseconds = _median_seconds(partial(integer, *inputs), config.rounds) * 1e3
@@ -200,14 +201,14 @@ def _integer_step(student: QuantizedUNet, inputs: tuple[Tensor, ...], config: Be
 
 
 def _one(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The first sample of a batch."""
+    """Return the first sample of a batch."""
     return tuple(part[:1] if part.dim() else part for part in inputs)
 
 
 def _convolutions(
     student: QuantizedUNet, inputs: tuple[Tensor, ...], integer_step: dict[str, float], config: BenchConfig
 ) -> dict[str, float]:
-    """The student's convolutions in PyTorch's float, each on an input of its own, against all its integer products."""
+    """Time the student's convolutions in PyTorch float, each on its own input, relative to all integer products."""
     batch_size, total, macs = len(inputs[0]), 0.0, 0
     shapes: dict[QuantConv2d, torch.Size] = {}
     layers = [layer for _, layer in student.layers() if isinstance(layer, QuantConv2d)]
@@ -239,7 +240,7 @@ def _median_seconds(step: Callable[[], Any], rounds: int) -> float:
 
 
 def _first_image(config: BenchConfig) -> dict[str, float]:
-    """Seconds beyond the imports, in a new process: to load the student, and from there to its first integer image."""
+    """Measure the seconds to load the student in a new process, without imports, and from there to its first image."""
     script = (
         "import sys, time; from eval.models import load_model, runnable; "
         "from eval.sample import DrawConfig, draw; start = time.perf_counter(); "
@@ -279,7 +280,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _markdown(rows: list[Row], content: dict[str, Any]) -> str:
-    """A row per runtime: milliseconds per step at each batch size, and how many times the integer student's."""
+    """Return a Markdown table, a row per runtime: milliseconds per step, also relative to the integer student's."""
     sizes = sorted({row.batch_size for row in rows})
     by_key = {(row.runtime, row.model, row.batch_size): row for row in rows}
     machine = content["machine"]

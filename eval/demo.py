@@ -1,4 +1,4 @@
-"""A page to play with: a row of digits per bit-width from the same noise, and how they come about step by step."""
+"""Serve an interactive web page: a row of digits per bit-width from the same noise, with all denoising steps."""
 
 import base64
 import io
@@ -34,18 +34,18 @@ class DemoConfig(SamplerConfig):
         metadata={"help": "What the page lets choose from: released names, run folders or folders of diffusers."},
     )
     teacher: str = "teacher"
-    """The model whose digits the others are compared with: a released name, or a folder of diffusers."""
+    """The model that the students are compared with: the name of a released model, or a diffusers folder."""
     columns: int = 10
     """Images per row, 1 to 50."""
     seed: int = 0
-    """The first row's: column i starts from the noise of seed + i, 0 to 2^31 - columns."""
+    """Initial seed: column i starts from the noise of seed + i, 0 to 2^31 - columns."""
     runtime: str = "integer"
-    """How a student runs: "integer", or "simulated" in float."""
+    """Runtime of the students: "integer", or "simulated" in float."""
     host: str = "127.0.0.1"
-    """Where the page is served, an IPv4 address of this machine. 127.0.0.1: to this machine alone, 0.0.0.0: to all who
-    can reach it."""
+    """IPv4 address of this machine to serve the page at. 127.0.0.1: reachable from this machine only; 0.0.0.0: from the
+    network."""
     port: int = 7860
-    """0 to 65535; 0: a free one."""
+    """Port to serve the page at, 0 to 65535. 0: a free port."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,29 +59,29 @@ class DemoConfig(SamplerConfig):
         self.drawing(self.seed)  # validates seed and runtime
 
     def drawing(self, seed: int) -> DrawConfig:
-        """What each model is asked to draw."""
+        """Return the config for sampling a row of images."""
         sampler = {field.name: getattr(self, field.name) for field in fields(SamplerConfig)}
         return DrawConfig(**sampler, num_images=self.columns, seed=seed, runtime=self.runtime)
 
 
 class Film(NamedTuple):
-    """A model's images of one drawing, and how they came about."""
+    """A model's images with all states of their denoising."""
 
     model: Model
     states: Tensor
     """uint8 (T + 1, N, H, W) or (T + 1, N, H, W, C): the noise, then the state after each denoising step."""
     milliseconds: float
-    """Per image, all of the row at once."""
+    """Time per image, with the row sampled as one batch."""
 
     @property
     def images(self) -> Tensor:
-        """uint8 (N, H, W) or (N, H, W, C)."""
+        """The final images, uint8 (N, H, W) or (N, H, W, C)."""
         return self.states[-1]
 
 
 @plain_torch()
 def film(model: Model, drawing: DrawConfig) -> Film:
-    """Draw `drawing.num_images` images at once and keep every state."""
+    """Sample `drawing.num_images` images in one batch and keep all states."""
     seeds = range(drawing.seed, drawing.seed + drawing.num_images)
     start = time.perf_counter()
     steps = list(denoise(model.denoiser, model.solver(drawing), seeds, model.denoiser.device))
@@ -92,28 +92,32 @@ def film(model: Model, drawing: DrawConfig) -> Film:
 
 
 class Player:
-    """What the page asks for, as HTML."""
+    """Loads models and renders their images as HTML for the page."""
 
     def __init__(self, config: DemoConfig):
         self.config = config
         self._load = cache(self.load)
 
     def load(self, argument: str) -> Model:
-        """The model, warmed up; InputError unless it can draw with the config, images of the teacher's shape."""
+        """Load a model and warm it up.
+
+        Raises:
+            InputError: the model does not support the config, or its images have another shape than the teacher's.
+        """
         model = load_model(argument, self.config.runtime)
         model.check_pictures()
         solver = model.solver(self.config)
         if argument != self.config.teacher and model.shape != (shape := self._load(self.config.teacher).shape):
             raise InputError(f'"{argument}" draws images of {model.shape}, "{self.config.teacher}" of {shape}')
-        # The first step allocates and chooses kernels: the others are what is timed.
+        # Warm-up: the first step allocates memory and selects kernels.
         next(denoise(model.denoiser, solver, range(self.config.columns), model.denoiser.device))
         return model
 
     def draw(self, students: list[str], seed: str) -> str:
-        """A row of the teacher, and one of each of `students`.
+        """Return the HTML of a row of images of the teacher and of each of `students`.
 
         Raises:
-            InputError: no student, no such seed, or a model that cannot be loaded.
+            InputError: `students` is empty, the seed is invalid, or a model cannot be loaded.
         """
         if not students:
             raise InputError("Choose at least one student.")
@@ -126,7 +130,7 @@ class Player:
 
 
 def parse_seed(text: str, num_images: int) -> int:
-    """The seed in `text`; InputError unless it and those of the images after it are seeds."""
+    """Parse a seed; raise InputError unless it and the seeds of the images that follow are valid."""
     last = SEED_LIMIT - num_images
     if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or int(text) > last:
         raise InputError(f"The seed must be a whole number from 0 to {last}, not “{text.strip()}”.")
@@ -134,7 +138,7 @@ def parse_seed(text: str, num_images: int) -> int:
 
 
 def rows(films: list[Film]) -> str:
-    """The films as HTML, one under the other, the teacher's first; a frame around what shows another digit than its."""
+    """Return the films as rows of HTML, the teacher's first; images with another digit than the teacher's are framed."""
     ruler, teacher = load_ruler(), films[0]
     fits = ruler.fits(teacher.images.shape[1:])
     seen = [ruler.extract(film.images)[1].argmax(1).tolist() for film in films] if fits else []
@@ -165,7 +169,7 @@ def rows(films: list[Film]) -> str:
 
 
 def _sprite(states: Tensor) -> str:
-    """States uint8 (T + 1, N, H, W) or (…, C) as one picture, a strip of images under the other: a data URL."""
+    """Return states uint8 (T + 1, N, H, W) or (…, C) as the data URL of one PNG image with a row of images per step."""
     picture = io.BytesIO()
     Image.fromarray(rearrange(states.numpy(), "t n h w ... -> (t h) (n w) ...")).save(picture, "png")
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
@@ -188,14 +192,14 @@ figcaption small { flex-basis: 100%; font-size: .85rem; opacity: .8; }
 @media (max-width: 640px) { figure { grid-template-columns: 1fr; } figcaption small { flex-basis: auto; } }
 """
 
-# Gradio's own frame: as wide as is read well, no room around what is plain HTML, and the paths of folders break.
+# Gradio's layout: a readable width, no padding around plain HTML, and line breaks in long paths.
 FRAME_CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 .html-container { padding: 0 !important; }
 label, label span { min-width: 0; overflow-wrap: anywhere; }
 """
 
-# Of each drawing the whole film is in the page: nothing is asked of the server while it runs.
+# The page holds all states of the images, so playing them needs no request to the server.
 SCRIPT = """
 let timer;
 const find = (selector) => element.querySelector(selector);
@@ -229,7 +233,7 @@ them come out of it. A framed image shows another digit than the teacher's, to t
 
 
 def make_page(config: DemoConfig) -> Any:
-    """The page, a `gradio.Blocks`; InputError where gradio is not installed."""
+    """Return the page, a `gradio.Blocks`; raise InputError if gradio is not installed."""
     try:
         import gradio as gr
     except ImportError as error:
@@ -256,7 +260,7 @@ def make_page(config: DemoConfig) -> Any:
             new = gr.Button("New noise", min_width=120)
         message = gr.HTML(visible=False, css_template="p { color: var(--error-text-color); font-weight: 600; }")
         pictures = gr.HTML(css_template=CSS, js_on_load=SCRIPT)
-        # One at a time, whoever asks: two would share the processor, and each other's milliseconds.
+        # One request at a time: concurrent ones would share the processor and distort the timings.
         options: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "draw"}
         gr.on([page.load, button.click, seed.submit], draw, [students, seed], [message, pictures], **options)
         new.click(draw_new, [students], [seed, message, pictures], **options)
@@ -264,7 +268,7 @@ def make_page(config: DemoConfig) -> Any:
 
 
 def launch(page: Any, config: DemoConfig) -> str:
-    """Serve `page` in the background and return its address; InputError where nothing can be served there."""
+    """Serve `page` in the background and return its URL; raise InputError if host and port cannot be used."""
     import gradio as gr
 
     try:
@@ -273,7 +277,7 @@ def launch(page: Any, config: DemoConfig) -> str:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"the page cannot be served at {config.host}, port {config.port}: {reason}") from error
-    # Gradio asks the page once whether it is there; a proxy would not know it.
+    # Gradio requests the page once to check that it is reachable; this must not go through a proxy.
     direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), config.host]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, direct))
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -289,7 +293,7 @@ def serve(config: DemoConfig) -> None:
     """Serve a page that draws digits with teacher and students, until Ctrl-C."""
     page, player = make_page(config), Player(config)
     for argument in config.students:
-        player.load(argument)  # refuses what is no model, before the page is there
+        player.load(argument)  # raises for an invalid model before the page is served
     print(f"{launch(page, config)} shows the page; Ctrl-C ends it", flush=True)
     try:
         threading.Event().wait()

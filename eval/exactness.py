@@ -1,7 +1,7 @@
-"""Where integers and simulation differ: the share of codes that fall on the other side of a border, layer by layer.
+"""Measure how the integer runtime and the simulation differ: the share of different codes in each layer.
 
-From equal inputs both compute the same codes, except where a float lies within rounding error of the border between
-two: normalisation, activations, attention and resampling are floats in both, summed in another order.
+From equal inputs both compute the same codes, except where a float lies within rounding error of the boundary between
+two codes: normalisation, activations, attention and resampling use floats in both, but sum them in different orders.
 """
 
 import sys
@@ -33,22 +33,22 @@ from quant.integer.model import Moment
 @dataclass
 class ExactnessConfig:
     student: str = "w4a4"
-    """The student: a released name or a run folder."""
+    """The student: the name of a released model, or a run folder."""
     num_images: int = 32
-    """Images whose denoising both follow, from the simulation's states, at least 1."""
+    """Images to denoise with the simulation, whose states both runtimes evaluate, at least 1."""
     num_steps: int = 20
     """Denoising steps, at least 1."""
     seed: int = 0
     """Image i starts from the noise of seed + i: 0 to 2^31 - num_images."""
 
     def __post_init__(self) -> None:
-        DrawConfig(num_steps=self.num_steps, num_images=self.num_images, seed=self.seed)  # refuses what is outside
+        DrawConfig(num_steps=self.num_steps, num_images=self.num_images, seed=self.seed)  # validates the ranges
 
 
 def line_codes(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor) -> Tensor:
-    """The codes, as floats, that the core makes of x (N, C, H, W) in a line of a program, not enlarged.
+    """Return the codes, as floats, that the core computes from x (N, C, H, W) in a program line, before upsampling.
 
-    Of the line of the low digits: high ones are made with them.
+    If codes have two digits, `line` is that of the low digits; the high digits are computed as well.
     """
     count, channels, height, width = x.shape
     placed = core.Line(
@@ -66,7 +66,7 @@ def line_codes(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor) -> T
 
 
 def line_state(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """What the core makes of x (N, C, H, W) in a line without a layer, of `shape`."""
+    """Return the state of `shape` that the core computes from x (N, C, H, W) in a program line without a layer."""
     _, channels, height, width = x.shape
     states, size = _states(x), filled(shape[0]) * shape[1] * shape[2]
     placed = core.Line(
@@ -82,7 +82,7 @@ def line_state(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor, shap
 
 
 def _states(x: Tensor) -> np.ndarray:
-    """x (N, C, H, W) as the core keeps it."""
+    """Convert x (N, C, H, W) to the core's layout: (N, H, W, C) with padded channels."""
     count, channels, height, width = x.shape
     states = np.zeros((count, height, width, filled(channels)), np.float32)
     states[..., :channels] = rearrange(x, "n c h w -> n h w c").numpy()
@@ -91,9 +91,9 @@ def _states(x: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: int | None = None) -> dict[str, float]:
-    """For each layer that runs on integers the share of its input's codes that differ from the simulation's.
+    """Return, for each integer layer, the share of its input codes that differ from the simulation's.
 
-    Every line of the integer program gets what the simulation gave to the same place, so no flip is counted twice.
+    Every line of the integer program gets its input from the simulation, so differences do not propagate.
 
     Args:
         x: float (N, C, H, W), states at the timestep `t`.
@@ -101,7 +101,7 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
     """
     integer = to_integer(student)
     labels = {} if label is None else {"class_labels": torch.full((len(x),), label)}
-    integer(x, t, **labels)  # makes the program and the timestep's step sizes
+    integer(x, t, **labels)  # compiles the program and prepares the step sizes of the timestep
     (moment,) = integer.moments.values()
     programs = (integer.time.program, integer.programs[x.shape[2], x.shape[3]])
     entering: dict[str, Tensor] = {}
@@ -136,9 +136,9 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
     names, shares = [layer.name for layer in integer.layers.numbered], {}
     for program in programs:
         made_by: dict[int, Line] = {}
-        residuals: dict[int, int] = {}  # what was added to each state
-        of_high: dict[int, int] = {}  # and to those of high digits, which are themselves added to those of the low
-        # The simulation's states, where a normalisation reads them, or a line without a layer made them of such a one.
+        residuals: dict[int, int] = {}  # state → the state that is added to it
+        of_high: dict[int, int] = {}  # the same for states of high digits, which are added to those of the low digits
+        # The simulation's states that a normalisation reads, and those computed from them by lines without a layer.
         states = {0: x} if program is programs[1] else {}
         for line in program.lines:
             if line.norm >= 0 and line.skip < 0:
@@ -167,7 +167,7 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
             else:
                 made = made_by[line.source]
                 source = _as_image(leaving[names[made.layer]], height, width)
-                if residuals[line.source] >= 0:  # of the time embedding: the class's
+                if residuals[line.source] >= 0:  # the class embedding is added to the time embedding
                     source = source + _as_image(leaving["class"], height, width)
             ours = line_codes(integer, line, moment, source)
             if line.factor > 1:
@@ -178,14 +178,14 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
 
 
 def _as_image(x: Tensor, height: int, width: int) -> Tensor:
-    """Features (N, C), tokens (N, H·W, C), or an image that was filled up below and to the right → (N, C, H, W)."""
+    """Convert features (N, C), tokens (N, H·W, C), or an image padded below and on the right to (N, C, H, W)."""
     if x.dim() == 2:
         return x[:, :, None, None]
     return rearrange(x, "n (h w) c -> n c h w", h=height) if x.dim() == 3 else x[..., :height, :width]
 
 
 def report(config: ExactnessConfig) -> dict[str, float]:
-    """Count the codes that integers and simulation do not share, per layer, along the denoising of a student."""
+    """Print the share of codes that differ between the integer runtime and the simulation, per layer of a student."""
     model = load_model(config.student)
     student = model.denoiser
     if not isinstance(student, QuantizedUNet):

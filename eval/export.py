@@ -1,4 +1,4 @@
-"""Write a model for other programs: the student in its real bits, or teacher and student as ONNX."""
+"""Export a model: a student with bit-packed weights, or a teacher or student as ONNX."""
 
 import shutil
 import sys
@@ -19,11 +19,11 @@ from quant.export import export_onnx
 @dataclass
 class ExportConfig:
     model: str = "teacher"
-    """A released name, a run folder, or a folder of diffusers."""
+    """The name of a released model, a run folder, or a diffusers folder."""
     format: str = "onnx"
-    """"onnx": a graph for ONNX Runtime and others. "packed": a student's weights in their real bits."""
+    """"onnx": a graph for ONNX Runtime and others. "packed": a student with bit-packed weights."""
     output: Path = Path("exported")
-    """Folder for model.onnx, or for model.safetensors and config.json; and for scheduler/, which samples with it."""
+    """Folder for model.onnx, or model.safetensors and config.json, and for the model's scheduler/."""
 
     def __post_init__(self) -> None:
         if self.format not in ("onnx", "packed"):
@@ -32,10 +32,14 @@ class ExportConfig:
 
 @by_main
 def export(config: ExportConfig) -> Path:
-    """Export a model; returns the file that holds its weights.
+    """Export a model as ONNX or with bit-packed weights.
+
+    Returns:
+        The path of the file with the weights.
 
     Raises:
-        InputError: no such model, the output exists, or a full-precision model is to be packed.
+        InputError: the model does not exist, the output exists already, or `format` is "packed" for a full-precision
+            model.
     """
     model = load_model(config.model)
     packed = config.format == "packed"
@@ -55,7 +59,7 @@ def _export(model: Model, config: ExportConfig, path: Path) -> None:
         raise InputError(f"{config.output} holds a model: choose another output")
     schedule = config.output / "scheduler" / "scheduler_config.json"
     try:
-        write_json(schedule, dict(model.schedule.config))  # first: without it a model is taken for one of DDPM's
+        write_json(schedule, dict(model.schedule.config))  # first: a model without scheduler would be read as DDPM's
         if config.format == "packed":
             model.denoiser.save_pretrained(config.output)
         else:

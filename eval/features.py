@@ -1,4 +1,4 @@
-"""The rulers: the feature networks that scores are computed on, with the statistics of the images they compare with."""
+"""Rulers: feature networks to compute scores with, and the statistics of their reference images."""
 
 import hashlib
 import math
@@ -21,20 +21,20 @@ from ddpm_mnist.lab.read import read_json
 from quant.context import plain_torch
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-# Of the ruler's second network, in the folder of the first.
+# Subfolder of a ruler's second network.
 SECOND_FOLDER = "second"
 KID_REFERENCE_IMAGES = 10_000
-# Of the Inception weights that torch-fidelity names, and of no others: it unpickles them.
+# SHA-256 of the Inception weights of torch-fidelity. Others are refused, because it unpickles the file.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class FeatureNetwork(nn.Module):
-    """A classifier of digits, or of what else MNIST-shaped sets show: images uint8 (N, 28, 28) → features (N, 128) and
-    logits (N, `num_classes`).
+    """A classifier for MNIST and similar data sets: images uint8 (N, 28, 28) → features (N, 128) and logits
+    (N, `num_classes`).
 
-    The features are the inputs of its last layer, as FID takes them from Inception. FID grows with the square of
-    their scale, which training leaves to chance, so it is set: over the set's training images their variance is 1
-    in the mean over the 128 dimensions.
+    As in FID with Inception, the features are the inputs of the last layer. FID is proportional to the square of their
+    scale, which training does not determine. So `standardise` sets it: over the training images the variance is 1 in
+    the mean over the 128 dimensions.
     """
 
     num_features = 128
@@ -46,7 +46,8 @@ class FeatureNetwork(nn.Module):
         self.classifier = nn.Linear(self.num_features, num_classes)
 
     def make_trunk(self) -> nn.Sequential:
-        """From images (N, 1, 28, 28) to features; it ends in a linear layer and ReLU, so that it can be scaled."""
+        """Return the layers from images (N, 1, 28, 28) to features; the last are linear and ReLU, for
+        `standardise`."""
 
         def block(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
             conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
@@ -59,7 +60,7 @@ class FeatureNetwork(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Bring the mean variance of `features` (M, 128) to 1, and leave the logits as they are."""
+        """Rescale the last layers so that the mean variance of `features` (M, 128) becomes 1; logits do not change."""
         factor = features.var(0).mean().rsqrt()
         last = self.trunk[-2]
         assert isinstance(last, nn.Linear)
@@ -73,8 +74,9 @@ class FeatureNetwork(nn.Module):
 
 
 class SecondNetwork(FeatureNetwork):
-    """A second opinion, as unlike the first as a classifier of the same images can be: two convolutions of 5×5, max-
-    pooling in the place of strides, GELU in that of ReLU, no normalisation. What fools one need not fool the other."""
+    """A classifier with a different architecture, as a check of the first: 5×5 convolutions, max-pooling instead of
+    strides, GELU instead of ReLU, and no normalisation. Artefacts that one network misses may be visible to the
+    other."""
 
     def make_trunk(self) -> nn.Sequential:
         return nn.Sequential(
@@ -85,11 +87,11 @@ class SecondNetwork(FeatureNetwork):
 
 
 class InceptionNetwork(nn.Module):
-    """The Inception network of the papers' FID, torch-fidelity's copy of it: images uint8 (N, H, W) or (N, H, W, 3),
-    which it scales to 299×299 → features (N, 2048) and logits (N, 1008).
+    """The standard Inception network of FID, from torch-fidelity: images uint8 (N, H, W) or (N, H, W, 3), resized to
+    299×299 → features (N, 2048) and logits (N, 1008).
 
     Raises:
-        InputError: torch-fidelity is not installed, or its weights are not to be had.
+        InputError: torch-fidelity is not installed, or its weights cannot be downloaded.
     """
 
     def __init__(self) -> None:
@@ -120,9 +122,9 @@ class InceptionNetwork(nn.Module):
 
 @torch.no_grad()
 def extract(network: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """Features float32 (N, D) and logits float32 (N, number of classes) of images uint8 (N, H, W) or (N, H, W, 3).
+    """Compute features float32 (N, D) and logits float32 (N, K) of images uint8 (N, H, W) or (N, H, W, 3).
 
-    Several processes share out the batches; each gets all features.
+    The batches are distributed over the processes; each gets all features.
     """
     pairs = processes.share_out(network, images.split(batch_size))
     features, logits = zip(*pairs, strict=True)
@@ -131,10 +133,14 @@ def extract(network: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[
 
 @cache
 def load_features(folder: Path = PRETRAINED, second: bool = False) -> FeatureNetwork:
-    """The feature network in `folder` (by default the released one), a `SecondNetwork` if so; in evaluation mode."""
+    """Load the feature network in `folder`, by default the released one, in evaluation mode.
+
+    Args:
+        second: whether it is a `SecondNetwork`.
+    """
     weights = load_file(folder / "features.safetensors")
     kind, bias = SecondNetwork if second else FeatureNetwork, weights["classifier.bias"]
-    with torch.device("meta"):  # takes no memory: only then is the number of classes known to be that of the weights
+    with torch.device("meta"):  # checks the shapes before memory for the file's number of classes is allocated
         kind(bias.numel()).load_state_dict(weights, assign=True)
     _refuse_infinite(weights)
     network = kind(bias.numel())
@@ -150,11 +156,11 @@ def _refuse_infinite(tensors: dict[str, Tensor]) -> None:
 
 @cache
 def load_reference(folder: Path = PRETRAINED) -> dict[str, Tensor]:
-    """What the scores need of the training images, MNIST's 60,000 or those that the network in `folder` learned from.
+    """Load the statistics of the reference images: the training images of the network in `folder`.
 
     Keys: `sum` float64 (128,) and `outer_sum` float64 (128, 128), the sums of the features and of their outer
-    products; `count` long (); `kid_features` float16 (10,000, 128), the features of the first 10,000 images, which KID,
-    precision and recall compare with. The second network is for FID alone, and has none.
+    products; `count` long (); `kid_features` float16 (10,000, 128), the features of the first 10,000 images, for KID,
+    precision and recall. The second network is used for FID only and has no `kid_features`.
     """
     reference = load_file(folder / "reference.safetensors")
     _refuse_infinite(reference)
@@ -172,12 +178,13 @@ def load_reference(folder: Path = PRETRAINED) -> dict[str, Tensor]:
 
 @cache
 def features_digest(folder: Path = PRETRAINED) -> str:
-    """The first 12 digits of the SHA-256 of the feature network's file: scores compare only where it is equal."""
+    """Return the first 12 hex digits of the SHA-256 of the feature network's file. Scores are comparable only if these
+    are equal."""
     return hashlib.sha256((folder / "features.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def reference_statistics(features: Tensor) -> dict[str, Tensor]:
-    """The statistics that `load_reference` describes, from the features (M, 128) of the training images."""
+    """Compute the statistics of `load_reference` from the features (M, D) of the reference images."""
     doubles = features.double()
     return {
         "sum": doubles.sum(0),
@@ -189,49 +196,49 @@ def reference_statistics(features: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Ruler:
-    """What scores are taken with: a network, and the images that it compares with."""
+    """A feature network with the statistics of its reference images."""
 
     network: nn.Module
     """Images uint8 (N, H, W) or (N, H, W, 3) → features (N, D) and logits (N, number of classes)."""
     reference: dict[str, Tensor] | None
-    """The statistics of `load_reference`; None: the teacher's images are all that it compares with."""
+    """The statistics of `load_reference`; None: images can only be compared with the teacher's."""
     digest: str
-    """Scores compare only where it is equal: `features_digest`, or "inception"."""
+    """`features_digest`, or "inception". Scores are comparable only if it is equal."""
     data: str | None
-    """Whose statistics: the data that the network learned from, or for "inception" the reference that was given."""
+    """The reference data: the training data of the network, or the argument `reference` for "inception"."""
     shape: tuple[int, ...] | None
-    """Of the images that it measures, (H, W); None: of any size, in one channel or three."""
+    """Shape (H, W) of the images that it supports; None: any size, with one or three channels."""
     batch_size: int = 500
-    """Images that the network sees at once."""
+    """Images per batch of the network."""
     second: "Ruler | None" = None
-    """Another network that learned from the same data by itself, for a second FID; None: there is none."""
+    """Another network, trained independently on the same data, for a second FID; None: there is none."""
     floor: dict[str, Any] | None = None
-    """What real images that no network learned from score: fields of `Score`, without those that need a teacher, with
-    `num_images`. No model can be expected below their FID at that number of images. None: not known."""
+    """Scores of real images that were not used in training: `num_images` and the fields of `Score` that need no
+    teacher. No model is expected to have a lower FID at that number of images. None: unknown."""
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it measures images of this shape, (H, W) or (H, W, C)."""
+        """Return whether it supports images of this shape, (H, W) or (H, W, C)."""
         if self.shape is None:
             return len(shape) == 2 or shape[2] == 3
         return tuple(shape) == self.shape
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits of images that it measures, as `extract` gives them."""
+        """Return features and logits of images of a supported shape (see the function `extract`)."""
         return extract(self.network, images, self.batch_size)
 
 
 @cache
 @plain_torch()
 def load_ruler(features: Path | str | None = None, reference: str | None = None) -> Ruler:
-    """The ruler in a folder of `efficientdm features`, or the Inception network of torch-fidelity.
+    """Load a ruler from a folder of `efficientdm features`, or torch-fidelity's Inception network.
 
     Args:
-        features: the folder, or "inception". None: the released ruler, MNIST's.
-        reference: for "inception": images to compare with, as for `load_images`, of any size. A folder has its own.
+        features: the folder, or "inception". None: the released ruler, for MNIST.
+        reference: reference images for "inception", as for `load_images`, of any size. Folders have their own.
 
     Raises:
-        InputError: the folder holds no ruler or one whose parts do not belong together; the Inception network or the
-            reference images are not to be had.
+        InputError: the folder contains no ruler, or files of different ones; or the Inception network or the reference
+            images cannot be loaded.
     """
     if str(features) == "inception":
         inception = InceptionNetwork().to(processes.state().device)
@@ -265,14 +272,14 @@ def load_ruler(features: Path | str | None = None, reference: str | None = None)
 
 
 def _load_folder(folder: Path, second: bool = False) -> Ruler:
-    """The network in `folder` with its statistics; InputError where they do not belong together."""
+    """Load the network in `folder` with its statistics; raise InputError if they belong to different networks."""
     try:
         network, statistics, digest = load_features(folder, second), load_reference(folder), features_digest(folder)
         if not second and "kid_features" not in statistics:
             raise ValueError("its statistics have no kid_features")
         with safe_open(folder / "reference.safetensors", "pt") as file:
             metadata = file.metadata() or {}
-    except Exception as error:  # whatever safetensors and torch have to say of a broken file
+    except Exception as error:  # safetensors and torch raise many types of exceptions for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise InputError(f'{folder} holds no ruler; "efficientdm features" makes one ({reason})') from error
     if metadata.get("features") != digest:

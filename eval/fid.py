@@ -1,4 +1,4 @@
-"""Score a model: how near its images are to real ones, and to the teacher's from the same noise."""
+"""Score a model: compare its images with real ones, and with the teacher's from the same noise."""
 
 import dataclasses
 import sys
@@ -26,19 +26,20 @@ from quant.context import plain_torch
 @dataclass
 class FidConfig(DrawConfig):
     num_images: int = 10_000
-    """Images to score, at least 2; compare only scores of equal counts."""
+    """Images to score, at least 2. Compare only scores of equal numbers."""
     teacher: str = "teacher"
-    """The model, of images of the same shape, that `mse_to_teacher` and `fid_to_teacher` compare with."""
+    """The model to compare with, by the scores same_digit, mse_to_teacher and fid_to_teacher. Its images must have the
+    same shape."""
     features: str | None = None
-    """The ruler: a folder of `efficientdm features`, or "inception". None: the released one, of MNIST. Images that it
-    does not fit are compared with the teacher's alone."""
+    """Feature network of the scores (the ruler): a folder of `efficientdm features`, or "inception". None: the released
+    one, for MNIST. Images of another shape are only compared with the teacher's."""
     reference: str | None = None
-    """For "inception": images to compare with, a folder or an .npy file. Other rulers have their own."""
+    """Reference images for "inception": a folder or a .npy file. Other rulers have their own."""
     classifier: bool = False
-    """Whether to tell what the images are worth as data: classifiers learn from them and from as many real images, and
-    are tested on real ones. Takes minutes, and needs the data that the ruler learned from."""
+    """Whether to train classifiers on the images and on as many real ones, and compare their accuracies on real test
+    images. Takes minutes, and needs the ruler's training data."""
     output: Path = Path("fid.json")
-    """JSON object with a field for each score."""
+    """JSON file with a field for each score."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +52,7 @@ class FidConfig(DrawConfig):
 def score_images(
     model: Model, images: Tensor, seconds: float, teacher_images: Tensor, config: DrawConfig, ruler: Ruler
 ) -> Score:
-    """The score of `images` uint8 (N, H, W) or (N, H, W, C), which `model` drew as `config` says."""
+    """Return the score of `images` uint8 (N, H, W) or (N, H, W, C), sampled from `model` with `config`."""
     return Score(
         model=model.name,
         weight_bits=model.weight_bits,
@@ -71,7 +72,7 @@ def score_images(
 
 
 def print_scores(scores: list[Score], floor: dict[str, Any] | None = None) -> None:
-    """The table of `scores`, a column each; `floor`: the ruler's, None if it has none."""
+    """Print a table of `scores`, a column each, with the ruler's `floor` if it has one."""
     first = scores[0]
     headings, rows = score_table(scores, floor)
     table = Table(
@@ -86,9 +87,9 @@ def print_scores(scores: list[Score], floor: dict[str, Any] | None = None) -> No
 
 @plain_torch()
 def print_fid(config: FidConfig) -> Score:
-    """Score a model against a ruler's images, by default MNIST's, and against its teacher's from the same noise.
+    """Score a model against reference images, by default MNIST, and against the teacher's images from the same noise.
 
-    Prints a table and writes one JSON object. Needs no data, but for `classifier`: the statistics of MNIST are shipped.
+    Prints a table and writes a JSON file. The statistics of MNIST are included, so only `classifier` needs data.
     """
     model, teacher = (load_model(name, config.runtime) for name in (config.model, config.teacher))
     if model.shape != teacher.shape:
@@ -96,7 +97,7 @@ def print_fid(config: FidConfig) -> Score:
         raise InputError(f'"{config.teacher}" draws images of {shapes}: --teacher names the model to compare with')
     ruler = load_ruler(config.features, config.reference)
     for each in (model, teacher):
-        each.solver(config)  # refuses what does not fit
+        each.solver(config)  # raises if the model does not support the config
     if config.classifier and ruler.shape is not None and model.shape != (1, *ruler.shape):
         raise InputError(f"classifier needs a ruler of images of {model.shape}: --features names another")
     sets = from_main(lambda: load_sets(ruler, config.num_images)) if config.classifier else {}

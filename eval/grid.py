@@ -1,4 +1,4 @@
-"""A labelled row of images per model, from the same noise in each column."""
+"""Draw a grid with a labelled row of images per model, from the same noise in each column."""
 
 import sys
 from dataclasses import dataclass, field, fields
@@ -26,15 +26,16 @@ class GridConfig(SamplerConfig):
     columns: int = 12
     """Images per row, at least 1."""
     seed: int = 0
-    """Column i starts from the noise of seed + i: 0 to 2^31 - the number of images."""
+    """Column i starts from the noise of seed + i: 0 to 2^31 - max(columns, num_images)."""
     num_images: int = 0
-    """Images to measure each row's FID on, at least 2; 0: show the FID that the model's folder records, if it does."""
+    """Images to compute each row's FID on, at least 2. 0: show the FID recorded in the model's folder, if any."""
     features: str | None = None
-    """The ruler of that FID: a folder of `efficientdm features`. None: the released one, of MNIST."""
+    """Feature network of that FID (the ruler): a folder of `efficientdm features`. None: the released one, for
+    MNIST."""
     runtime: str = "integer"
-    """How a student runs: "integer", or "simulated" in float."""
+    """Runtime of the students: "integer", or "simulated" in float."""
     output: Path = Path("grid.png")
-    """The picture."""
+    """PNG file of the grid."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,23 +51,23 @@ class GridConfig(SamplerConfig):
 
     @property
     def drawing(self) -> DrawConfig:
-        """What each model is asked to draw."""
+        """The config for sampling the images of a model."""
         count = max(self.columns, self.num_images)
         sampler = {field.name: getattr(self, field.name) for field in fields(SamplerConfig)}
         return DrawConfig(**sampler, num_images=count, seed=self.seed, runtime=self.runtime)
 
 
 def recorded_fid(model: Model, drawing: DrawConfig) -> str:
-    """The FID, with its sample count, that the model's folder records for this sampler; nothing if there is none."""
+    """Return the label of the FID recorded in the model's folder for this sampler, or "" if there is none."""
     path = (model.folder or Path()) / "metrics.json"
     if not path.is_file():
         return ""
     try:
         scores = read_json(path)
         score = scores[-1] if isinstance(scores, list) else scores
-        of_classes = score.get("labels", []), score.get("guidance_scale", 1.0)  # not there for a model without
+        of_classes = score.get("labels", []), score.get("guidance_scale", 1.0)  # absent for models without classes
         recorded = score["solver"], score["num_steps"], score.get("eps_scale", 1.0), score["eta"], *of_classes
-        same_digit = score.get("same_digit")  # not there where nothing but FID was measured
+        same_digit = score.get("same_digit")  # absent if only FID was computed
         if not all(isinstance(x, int | float | None) for x in (score["fid"], same_digit, score["num_images"])):
             raise ValueError("a score is no number")
         label = "" if score["fid"] is None else fid_label(score["fid"], score["num_images"], same_digit)
@@ -79,22 +80,22 @@ def recorded_fid(model: Model, drawing: DrawConfig) -> str:
 
 
 def fid_label(fid: float, num_images: int, same_digit: float | None = None) -> str:
-    """FID, of how many images, and in a second line the share of the teacher's digits, unless that is None."""
+    """Format FID, the number of images and, on a second line, the share of the teacher's digits unless None."""
     label = f"FID {fid:.2f} ({num_images:,})"
     return label if same_digit is None else f"{label}\nsame digit {same_digit:.0%}"
 
 
 def row_label(model: Model, fid: str) -> str:
-    """Name, bits and what `fid_label` says, a line each."""
+    """Return the label of a row: name, bits and `fid`, a result of `fid_label`, on separate lines."""
     return "\n".join(line for line in (model.title, model.bits, fid) if line)
 
 
 @plain_torch()
 def draw_models(config: GridConfig) -> Path:
-    """Draw one labelled row per model (name, bits, FID), the same noise in each column."""
+    """Draw a grid with a labelled row of images per model (name, bits, FID), from the same noise in each column."""
     models = [load_model(argument, config.runtime) for argument in config.models]
     for model in models:
-        model.solver(config)  # refuses what does not fit
+        model.solver(config)  # raises if the model does not support the config
         model.check_pictures()
         if model.shape != models[0].shape:
             raise InputError(f'"{model.name}" draws images of {model.shape}, "{models[0].name}" of {models[0].shape}')

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak."""
+"""Measure the peak memory of a function."""
 
 import ctypes
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def peak_memory(step: Callable[[], Any]) -> float | None:
-    """MiB by which the resident memory grows at its peak during `step`; None where the system does not tell."""
+    """Call `step` and return the peak growth of resident memory in MiB; None if the system does not report it."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back first
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
         before = _status("VmRSS")
-    except (OSError, AttributeError, TypeError):  # the last: Windows has no library of the whole process
+    except (OSError, AttributeError, TypeError):  # TypeError: CDLL(None) on Windows
         step()
         return None
     step()
@@ -20,6 +20,6 @@ def peak_memory(step: Callable[[], Any]) -> float | None:
 
 
 def _status(field: str) -> int:
-    """A line of the process's status, in KiB."""
+    """Return a field of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])

@@ -1,4 +1,4 @@
-"""From images to scores: features → statistics → metric, in float64, and how far each score is to be trusted."""
+"""Compute scores of images (features → statistics → metric, in float64) with confidence intervals."""
 
 import math
 import warnings
@@ -18,30 +18,30 @@ from ddpm_mnist.lab.processes import share_out
 from eval.features import Ruler, load_ruler
 from quant.context import plain_torch
 
-# torchmetrics warns that these metrics keep every feature: some ten thousand times 128 numbers.
+# torchmetrics warns that these metrics keep all features, here only some 10,000 × 128 numbers.
 warnings.filterwarnings("ignore", message="Metric .* will save all extracted features in buffer")
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
-# A score is worked out in one process, from all features: torchmetrics must not add up those of other processes.
+# Each score is computed in one process from all features: torchmetrics must not gather those of other processes.
 LOCAL: dict[str, Any] = {"sync_on_compute": False}
 # The k of precision and recall, as in their paper.
 NEIGHBOURS = 3
-# Of a matrix of distances or kernels, as much is held at once: 80 MB.
+# Maximum number of entries of a distance or kernel matrix in memory at once: 80 MB.
 CELLS = 10_000_000
-# Groups of consecutive images that are left out in turn, where there are at least two images for each.
+# Number of groups of consecutive images for the jackknife, if there are at least two images per group.
 NUM_GROUPS = 20
-# Of Student's t with 19 degrees of freedom, for 95% between minus this and this.
+# 97.5% quantile of Student's t with 19 degrees of freedom, for 95% intervals.
 QUANTILE = 2.093
-# Beyond as many features an interval of FID takes minutes: there is none.
+# With more features, FID gets no interval, which would take minutes.
 MAX_FEATURES = 512
 
 
 def _halvings() -> list[tuple[list[int], list[int]]]:
-    """The 20 groups in two halves of ten, in 19 ways that are balanced: any two groups stay together in 9 of them.
+    """Return 19 balanced splits of the 20 groups into halves of ten: any two groups are in the same half in 9 of them.
 
     They are the rows of Paley's Hadamard matrix, from the squares modulo 19 (McCarthy 1969, Pseudo-replication: half
-    samples). Of a mean they give the very error that the jackknife gives.
+    samples). For a mean they give exactly the jackknife's error.
     """
     prime = NUM_GROUPS - 1
     squares = {i * i % prime for i in range(1, prime)}
@@ -53,32 +53,36 @@ HALVINGS = _halvings()
 
 
 class Estimate(NamedTuple):
-    """A score with its standard error over other seeds; None: too few images to tell."""
+    """A score and its standard error over seeds; the error is None if there are too few images."""
 
     value: float
     error: float | None
 
     @property
     def interval(self) -> list[float] | None:
-        """[low, high], 95% under a normal distribution; not cut off at 0 or 1."""
+        """The 95% confidence interval [low, high] for a normally distributed score, not clipped to [0, 1]."""
         return None if self.error is None else [self.value + sign * QUANTILE * self.error for sign in (-1, 1)]
 
 
 def split(values: Tensor) -> tuple[Tensor, ...]:
-    """`values` (N, …) in `NUM_GROUPS` consecutive groups; in one where they are too few."""
+    """Split `values` (N, …) into `NUM_GROUPS` consecutive groups, or a single one if there are too few."""
     return values.tensor_split(NUM_GROUPS) if len(values) >= 2 * NUM_GROUPS else (values,)
 
 
 def jackknife(num_groups: int, without: Callable[[int], float]) -> float | None:
-    """The standard error of a statistic, from its values `without` each of `num_groups` disjoint groups of images:
+    """Return the jackknife standard error of a statistic over k = `num_groups` disjoint groups of images:
     √((k - 1) / k · Σ(θ_i - θ̄)²) (Tukey 1958; Efron and Tibshirani, An Introduction to the Bootstrap, eq. 11.5).
 
-    FID's bias changes with the number of images, and precision's and recall's meaning with it. So the spread over
-    small sets would be that of another score; and a bootstrap's sets hold images twice, which FID takes for less
-    variance, KID for closeness and recall for a neighbour at distance 0. Here all sets are of one size, each image is
-    in a set once, and what is left of the bias is the same for all and cancels.
+    The bias of FID, and the meaning of precision and recall, depend on the number of images, so the spread over small
+    subsets would belong to another score. Bootstrap samples contain duplicates, which lower the variance in FID, raise
+    the similarity in KID, and are neighbours at distance 0 in recall. The jackknife's subsets have equal sizes and no
+    duplicates, and their common bias cancels.
 
-    None: one group alone, which says nothing of a spread.
+    Args:
+        without: returns θ_i, the statistic without group i.
+
+    Returns:
+        The standard error, or None for a single group.
     """
     if num_groups < 2:
         return None
@@ -87,7 +91,7 @@ def jackknife(num_groups: int, without: Callable[[int], float]) -> float | None:
 
 
 def mean(values: Tensor) -> Estimate:
-    """The mean of one number per image, (N,)."""
+    """Estimate the mean of one number per image, (N,)."""
     sums = torch.stack([part.double().sum() for part in split(values)])
     counts = [len(part) for part in split(values)]
     total = sums.sum()
@@ -96,12 +100,12 @@ def mean(values: Tensor) -> Estimate:
 
 
 def _blocks(rows: Tensor, width: int) -> tuple[Tensor, ...]:
-    """`rows` in parts that may each meet `width` others at once."""
+    """Split `rows` into blocks whose matrices with `width` other rows have at most `CELLS` entries."""
     return rows.split(max(1, CELLS // width))
 
 
 class _Identity(nn.Module):
-    """Hands torchmetrics features that are computed already, so that one pass serves every metric."""
+    """Passes precomputed features to torchmetrics, so that they are computed once for all metrics."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -113,43 +117,43 @@ class _Identity(nn.Module):
 
 @dataclass(frozen=True)
 class Sums:
-    """What FID needs of N features (N, D), in float64."""
+    """The statistics of features (N, D) for FID, in float64."""
 
     sum: Tensor
-    """Of the features, (D,)."""
+    """Sum of the features, (D,)."""
     outer_sum: Tensor
-    """Of their outer products, (D, D)."""
+    """Sum of their outer products, (D, D)."""
     count: Tensor
     """N, long ()."""
 
     @classmethod
     def of(cls, features: Tensor) -> "Sums":
-        """Those of `features` (N, D)."""
+        """Compute the sums of `features` (N, D)."""
         features = features.double()
         return cls(features.sum(0), features.T @ features, torch.tensor(len(features)))
 
     @classmethod
     def kept(cls, reference: dict[str, Tensor]) -> "Sums":
-        """Those in what `load_reference` returns."""
+        """Return the sums in the result of `load_reference`."""
         return cls(reference["sum"], reference["outer_sum"], reference["count"])
 
     def without(self, part: "Sums") -> "Sums":
-        """Those of the images that are not in `part`."""
+        """Return the sums without the images in `part`."""
         return Sums(self.sum - part.sum, self.outer_sum - part.outer_sum, self.count - part.count)
 
 
 def fid_of_sums(ours: Sums, theirs: Sums) -> float:
-    """FID (arXiv 1706.08500, eq. 6) of two sets of at least two features each."""
+    """Return the FID (arXiv 1706.08500, eq. 6) between two sets of at least two features each."""
     metric = FrechetInceptionDistance(_Identity(len(ours.sum)), **LOCAL)
-    metric.update(ours.sum.unsqueeze(0), real=False)  # tells it the type; the sums are replaced
+    metric.update(ours.sum.unsqueeze(0), real=False)  # sets the dtype; the sums are replaced below
     metric.fake_features_sum, metric.fake_features_cov_sum = ours.sum, ours.outer_sum
     metric.real_features_sum, metric.real_features_cov_sum = theirs.sum, theirs.outer_sum
     metric.fake_features_num_samples, metric.real_features_num_samples = ours.count, theirs.count
-    return max(metric.compute().item(), 0.0)  # rounding may leave a zero below itself
+    return max(metric.compute().item(), 0.0)  # rounding can make it slightly negative
 
 
 def fid_to_reference(features: Tensor, reference: dict[str, Tensor]) -> Estimate:
-    """FID of features (N, D), N ≥ 2, against the sums of `load_reference`, which stay as they are."""
+    """Estimate the FID of features (N, D), N ≥ 2, to the sums of `load_reference`, which are taken as fixed."""
     ours, theirs, parts = Sums.of(features), Sums.kept(reference), split(features)
     if features.shape[1] > MAX_FEATURES:
         return Estimate(fid_of_sums(ours, theirs), None)
@@ -158,7 +162,8 @@ def fid_to_reference(features: Tensor, reference: dict[str, Tensor]) -> Estimate
 
 
 def fid_between(features: Tensor, others: Tensor) -> Estimate:
-    """FID of features (N, D) against others (N, D) of the same noise, N ≥ 2: what is left out is left out of both."""
+    """Estimate the FID between features (N, D) and others (N, D) from the same noise, N ≥ 2; the jackknife leaves out
+    the same groups of both."""
     ours, theirs, parts, other_parts = Sums.of(features), Sums.of(others), split(features), split(others)
     if features.shape[1] > MAX_FEATURES:
         return Estimate(fid_of_sums(ours, theirs), None)
@@ -170,9 +175,9 @@ def fid_between(features: Tensor, others: Tensor) -> Estimate:
 
 
 def kid(features: Tensor, others: Tensor) -> Estimate:
-    """KID (arXiv 1801.01401): the unbiased squared MMD with the cubic kernel, mean over 100 random subsets.
+    """Estimate the KID (arXiv 1801.01401): the unbiased squared MMD with the cubic kernel, mean over 100 random subsets.
 
-    Its error has two parts: that of the MMD of all images, and what a mean over random subsets is off from it.
+    The error combines that of the MMD of all images and that of the mean over random subsets.
     """
     size = min(KID_SUBSET_SIZE, len(features), len(others))
     identity = _Identity(features.shape[1])
@@ -189,10 +194,10 @@ def kid(features: Tensor, others: Tensor) -> Estimate:
 
 
 def _mmd_error(features: Tensor, others: Tensor) -> float | None:
-    """The jackknife's error of the unbiased squared MMD of features (N, D) to fixed others (M, D).
+    """Return the jackknife error of the unbiased squared MMD between features (N, D) and fixed others (M, D).
 
-    Its sets' kernels are sums over pairs of groups, which are added up once. The term of the others alone is left
-    away: it is the same in every set.
+    The kernel sums of all subsets follow from the sums over pairs of groups, which are computed once. The term that
+    depends on the others only is omitted, because it is the same for every subset.
     """
     parts = split(features)
     kernel_sums = features.new_zeros(len(parts), len(parts))
@@ -214,15 +219,15 @@ def _mmd_error(features: Tensor, others: Tensor) -> float | None:
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
-    """(x · y / D + 1)³ for each pair of rows."""
+    """Return (x · y / D + 1)³ for each pair of rows of x and y."""
     kernel = (x @ y.T).div_(x.shape[1]).add_(1)
     return (kernel * kernel).mul_(kernel)
 
 
 def inception_score(logits: Tensor) -> Estimate:
-    """Inception score (arXiv 1606.03498) of a classifier's logits (N, K): 1 … K, mean of 10 splits.
+    """Estimate the Inception score (arXiv 1606.03498), 1 … K, of a classifier's logits (N, K): the mean of 10 splits.
 
-    Its error is that of the score of all images at once.
+    The error is that of the score of all images without splits.
     """
     metric = InceptionScore(_Identity(logits.shape[1]), splits=min(10, len(logits)), **LOCAL)
     metric.update(logits.double())
@@ -230,7 +235,7 @@ def inception_score(logits: Tensor) -> Estimate:
         torch.manual_seed(0)
         value, _ = metric.compute()
     p, log_p = logits.double().softmax(1), logits.double().log_softmax(1)
-    # Of each image its negative entropy and its probabilities: the score is a function of their means.
+    # The score is a function of the means of each image's negative entropy and probabilities.
     images = torch.cat([(p * log_p).sum(1, keepdim=True), p], dim=1)
     sums, counts = torch.stack([part.sum(0) for part in split(images)]), [len(part) for part in split(images)]
 
@@ -242,15 +247,16 @@ def inception_score(logits: Tensor) -> Estimate:
 
 
 def precision_recall(features: Tensor, others: Tensor, radii: Tensor | None = None) -> tuple[Estimate, Estimate]:
-    """Precision and recall (arXiv 1904.06991, eq. 1 and 2, k = 3) of features (N, D) against others (M, D); N, M > 3.
+    """Estimate precision and recall (arXiv 1904.06991, eq. 1 and 2, k = 3) of features (N, D) against others (M, D).
 
-    Precision: the share of the features that lie in a ball around one of the others, as far as its third neighbour.
-    Recall: the share of the others that lie in such a ball around one of the features. Both depend on the numbers.
+    Precision is the share of the features that lie in a ball around one of the others, whose radius is the distance to
+    its third neighbour. Recall is the share of the others that lie in such a ball around one of the features. Both
+    depend on N and M, which must be above 3.
 
-    The others are fixed and so are their balls: precision is a mean over the features. Recall is far from one, for what
-    an image adds depends on its neighbours: the jackknife takes its error for 1.5 to 2.4 times what it is (of Gaussians
-    and of MNIST's training images). So recall is taken of both halves of the images, which lie apart, and half their
-    difference is its error, in the mean square over `HALVINGS`.
+    As the others and their balls are fixed, precision is a mean over the features. Recall is not, because the effect of
+    an image depends on its neighbours: the jackknife overestimates its error by a factor of 1.5 to 2.4 (for Gaussians
+    and MNIST's training images). So recall is computed for both halves of the images, which are disjoint, and its error
+    is half their difference, as the root mean square over `HALVINGS`.
 
     Args:
         radii: `neighbour_radii` of the others, (1, M); None: computed here.
@@ -269,16 +275,20 @@ def precision_recall(features: Tensor, others: Tensor, radii: Tensor | None = No
 def neighbour_radii(
     features: Tensor, groups: Sequence[Tensor] | None = None, subsets: Sequence[Sequence[int]] = ()
 ) -> Tensor:
-    """The distance of each feature (N, D) to its third neighbour: (1 + number of subsets, N).
+    """Return the distance of each feature (N, D) to its third neighbour: (1 + number of subsets, N).
 
-    Row 0 is among all features, which `groups` are in their order (None: one group). The rows that follow are among the
-    groups of each subset alone; the other features have radius -1 there, that of a ball that holds nothing.
+    Row 0 is for neighbours among all features. Each further row is for one subset of groups; features outside the
+    subset have radius -1 there, so that their balls are empty.
+
+    Args:
+        groups: the features, split into consecutive groups; None: one group.
+        subsets: indices into `groups`.
     """
     groups, width = groups or (features,), NEIGHBOURS + 1
     sizes = torch.tensor([len(group) for group in groups])
     blocks = []
     for block in _blocks(features, len(features)):
-        # Of each group as many as could be among the nearest: the feature itself, at distance 0, and its neighbours.
+        # Per group, keep the four nearest: the feature itself, at distance 0, and three neighbours.
         parts = torch.cdist(block, features).split(sizes.tolist(), dim=1)
         blocks.append(torch.stack([_smallest(part) for part in parts], dim=1))
     nearest, group = torch.cat(blocks), torch.arange(len(groups)).repeat_interleave(sizes)
@@ -290,14 +300,15 @@ def neighbour_radii(
 
 
 def _smallest(distances: Tensor) -> Tensor:
-    """The four smallest of each row (B, n), filled up with infinity where it has fewer."""
+    """Return the four smallest values of each row (B, n), padded with infinity if n < 4."""
     width = NEIGHBOURS + 1
     kept = distances.topk(min(width, distances.shape[1]), largest=False).values
     return nn.functional.pad(kept, (0, width - kept.shape[1]), value=math.inf)
 
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
-    """Which of points (N, D) lie in a ball around one of centres (M, D), for each row of radii (R, M): bool (R, N)."""
+    """Return, for each row of radii (R, M), which of points (N, D) lie in a ball around one of centres (M, D): bool
+    (R, N)."""
     blocks = []
     for block in _blocks(points, len(centres)):
         distances = torch.cdist(block, centres)
@@ -314,73 +325,74 @@ def _reference_radii(ruler: Ruler) -> Tensor:
 
 @dataclass
 class Score:
-    """One model's scores; every field travels into the JSON.
+    """The scores of one model; all fields are written to JSON.
 
-    `<name>_interval`: [low, high], which holds the mean score over all seeds at 95%, of as many images of the same
-    model: see `jackknife` and `precision_recall`. The ruler and its images are fixed. None for fewer than 40 images,
-    and of FID for more than 512 features. A share of 1 or 0 has one of no width: what never happened has no spread.
+    `<name>_interval` is the 95% confidence interval [low, high] of the mean score over seeds, for the same model and
+    number of images, with the ruler and its images fixed (see `jackknife` and `precision_recall`). It is None for fewer
+    than 40 images, and for FID with more than 512 features. Shares of exactly 0 or 1 have an interval of width 0.
     """
 
     model: str
     weight_bits: float
-    """32 for a model in full precision; 1.58 is the logarithm of three levels."""
+    """32 for a model in full precision; 1.58 is log₂ 3, for three levels."""
     act_bits: int
     runtime: str
-    """"float" for a model in full precision; a student runs "integer" or "simulated"."""
+    """"float" for a model in full precision; "integer" or "simulated" for a student."""
     fid: float | None
-    """FID against the ruler's images, by default MNIST's 60,000 training images. Its bias depends on `num_images`:
-    compare equal counts only. None, here and below: the ruler does not tell, see `measure`."""
+    """FID to the ruler's reference images, by default MNIST's 60,000 training images. Its bias depends on `num_images`:
+    compare equal numbers only. Here and below, None means that the ruler cannot compute it (see `measure`)."""
     fid_interval: list[float] | None
     fid_second: float | None
-    """The same by the ruler's second network: what one network takes for better and the other does not is no better."""
+    """FID of the ruler's second network. An improvement counts only if both networks show it."""
     fid_second_interval: list[float] | None
     kid: float | None
-    """KID against the first 10,000 of them; unbiased."""
+    """KID to the first 10,000 reference images; unbiased."""
     kid_interval: list[float] | None
     precision: float | None
-    """Share of the images that lie where those 10,000 do, in the ruler's features: are they good?"""
+    """Share of the images that lie near those 10,000 in feature space: a measure of quality (`precision_recall`)."""
     precision_interval: list[float] | None
     recall: float | None
-    """Share of those 10,000 that lie where the images do: are all there? Compare equal counts only."""
+    """Share of those 10,000 that lie near the images: a measure of diversity. Compare equal `num_images` only."""
     recall_interval: list[float] | None
     inception_score: float | None
-    """Inception score of the ruler's classifier."""
+    """Inception score with the ruler's classifier."""
     inception_score_interval: list[float] | None
     same_digit: float | None
-    """Share of images in which the ruler's classifier sees what it sees in the teacher's image of the same noise."""
+    """Share of images that the ruler's classifier assigns to the same class as the teacher's image from the same
+    noise."""
     same_digit_interval: list[float] | None
     mse_to_teacher: float
-    """Mean over images and pixels of the squared difference from the teacher's image of the same noise, in [-1, 1]."""
+    """Mean squared difference from the teacher's image from the same noise, with pixels in [-1, 1]."""
     mse_to_teacher_interval: list[float] | None
     fid_to_teacher: float | None
-    """FID against the teacher's images of the same noise instead."""
+    """FID to the teacher's images from the same noise."""
     fid_to_teacher_interval: list[float] | None
     num_images: int
     num_steps: int
     solver: str
     eps_scale: float
-    """What ε was multiplied with in sampling."""
+    """Factor on ε in sampling."""
     eta: float
     labels: list[int]
-    """The classes in turn; empty: all of them, or a model without."""
+    """The classes, used in turn; empty: all classes, or a model without classes."""
     guidance_scale: float
     seed: int
     """Image i starts from the noise of `seed` + i."""
     seconds: float
-    """Time to draw the images."""
+    """Time to sample the images."""
     features: str
-    """Digest of the ruler's network; "inception" for that one, "none" where the ruler is for another shape."""
+    """Digest of the ruler's network; "inception" for Inception, "none" if the ruler does not support the shape."""
     features_second: str
-    """Digest of its second network; "none" where there is none."""
+    """Digest of the ruler's second network; "none" if it has none."""
     classifier_accuracy: float | None = None
-    """What the images are worth as data: the accuracy on real test images of a classifier that learned from them alone,
-    labelled by the ruler's. None: not asked for."""
+    """Accuracy on real test images of a classifier that was trained on the images only, with labels from the ruler's
+    classifier. None: not computed."""
     classifier_accuracy_of_real: float | None = None
-    """That of the same classifier after as many real images with their own labels."""
+    """Accuracy of the same classifier, trained on as many real images with their true labels."""
 
 
 def check_score(score: dict[str, Any]) -> None:
-    """ValueError or KeyError unless `score`, which was read from a file, has the fields of `Score` and their types."""
+    """Raise ValueError unless `score`, read from a file, has the fields of `Score` with their types."""
     for field in fields(Score):
         value: Any = score.get(field.name, field.default)
         if value is MISSING:
@@ -396,23 +408,23 @@ def check_score(score: dict[str, Any]) -> None:
             raise ValueError(f"its {field.name} is {value!r}")
 
 
-# What images score by themselves, and what they score beside the teacher's.
+# Scores that need no teacher, and scores that compare with the teacher's images.
 OF_IMAGES = ("fid", "fid_second", "kid", "precision", "recall", "inception_score")
 TO_TEACHER = ("same_digit", "mse_to_teacher", "fid_to_teacher")
 
 
 @plain_torch()
 def measure(images: Tensor, teacher_images: Tensor, ruler: Ruler | None = None) -> dict[str, Any]:
-    """All that images say: the fields of `Score` from `fid` to `fid_to_teacher_interval`, and the digests.
+    """Compute the fields of `Score` from `fid` to `fid_to_teacher_interval`, and the digests.
 
-    A ruler for images of another shape measures nothing: then `mse_to_teacher` is all there is. One without reference
-    images gives what needs none, and precision and recall need four images. Several processes share out the batches
-    for the features, then the scores.
+    Scores that cannot be computed are None: all but `mse_to_teacher` if the ruler does not support the images' shape;
+    those that need reference images if it has none; precision and recall for fewer than four images. The batches for
+    the features, and then the scores, are distributed over the processes.
 
     Args:
         images: uint8 (N, H, W) or (N, H, W, C), N ≥ 2.
         teacher_images: the teacher's images from the same noise, same shape.
-        ruler: None: the released one, of 28×28 in one channel.
+        ruler: None: the released one, for 28×28 pixels with one channel.
 
     Raises:
         InputError: the images and the teacher's differ in shape.
@@ -440,12 +452,13 @@ def measure(images: Tensor, teacher_images: Tensor, ruler: Ruler | None = None) 
 
 
 def measure_alone(images: Tensor, ruler: Ruler) -> dict[str, float]:
-    """What images uint8 (N, H, W) or (N, H, W, C) that the ruler fits score by themselves: some of `OF_IMAGES`."""
+    """Compute the scores `OF_IMAGES` that the ruler supports, of images uint8 (N, H, W) or (N, H, W, C) of its
+    shape."""
     features, logits = ruler.extract(images)
     return {name: x.value for name, x in _together(_of_features(images, features, logits, ruler)).items()}
 
 
-# Some of the scores, by their names.
+# Computes some of the scores, by name.
 Part = Callable[[], dict[str, Estimate]]
 
 
@@ -454,7 +467,7 @@ def _together(parts: Sequence[Part]) -> dict[str, Estimate]:
 
 
 def _of_features(images: Tensor, features: Tensor, logits: Tensor, ruler: Ruler) -> list[Part]:
-    """What images score by themselves, the longest work first."""
+    """Return the computations of the scores that need no teacher, the longest first."""
     parts: list[Part] = []
     if (reference := ruler.reference) is not None:
         others = reference["kid_features"]

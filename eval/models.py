@@ -1,4 +1,4 @@
-"""A model argument → a denoiser, with the schedule that it was trained for."""
+"""Load a model by name or path: a denoiser and its noise schedule."""
 
 import hashlib
 import re
@@ -27,13 +27,13 @@ from quant.structure import EMA_FIELDS, check_config, is_of_ema, try_out
 
 STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
 RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDENTS}}
-# How a student runs: on the CPU's integers, or simulated in float, on the accelerator if there is one.
+# Runtimes of a student: with integers on the CPU, or simulated in float, on the accelerator if there is one.
 RUNTIMES = ("integer", "simulated")
-# A pipeline's or a training's folders of the network, beside which its scheduler lies.
+# Names of a network's folder in a pipeline or training folder, which also contains its scheduler.
 NETWORKS = ("unet", "unet_ema")
-# Files of LoRA that others lay beside a network.
+# LoRA files that other programs write into a network's folder.
 ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
-# The files of diffusers' weights by their variant: whole, or the index of several.
+# Weight files of diffusers by variant: a single file, or the index of several.
 WEIGHTS = {
     None: (SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json"),
     "fp16": ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.fp16.json"),
@@ -46,9 +46,9 @@ class Model:
 
     name: str
     denoiser: Any
-    """`answer = denoiser(x_t, t).sample`"""
+    """Called as `denoiser(x_t, t).sample`."""
     schedule: Schedule
-    """What it was trained for."""
+    """The noise schedule and prediction type that it was trained with."""
     weight_bits: float = 32
     """32 for full precision; for a student the bits of its inner layers."""
     act_bits: int = 32
@@ -56,18 +56,18 @@ class Model:
 
     @property
     def title(self) -> str:
-        """Its name in pictures: the last part, and the one before a number, for a ladder's students are RUNG/SEED."""
+        """The name in figures: the last part of the path, or the last two for a ladder's students, RUNG/SEED."""
         path = Path(self.name)
         return "/".join(path.parts[-2:]) if path.name.isdecimal() else path.name
 
     @property
     def bits(self) -> str:
-        """ "W4A4", or "full precision"."""
+        """The bit-widths, e.g. "W4A4", or "full precision"."""
         return "full precision" if self.weight_bits == 32 else bits_label(self.weight_bits, self.act_bits)
 
     @property
     def runtime(self) -> str:
-        """ "float", or one of `RUNTIMES`."""
+        """One of `RUNTIMES`, or "float" for full precision."""
         if isinstance(self.denoiser, IntegerUNet):
             return "integer"
         return "simulated" if isinstance(self.denoiser, QuantizedUNet) else "float"
@@ -78,12 +78,12 @@ class Model:
         return image_shape(self.denoiser)
 
     def check_pictures(self) -> None:
-        """InputError unless its images can be drawn as a picture."""
+        """Raise InputError unless the images have 1 or 3 channels, as a picture needs."""
         if self.shape[0] not in (1, 3):
             raise InputError(f'model "{self.name}" has images of {self.shape[0]} channels: a picture has 1 or 3')
 
     def solver(self, config: SamplerConfig) -> Solver:
-        """The sampler of `config` over the model's own schedule; InputError where the two do not fit."""
+        """Return the solver of `config` for the model's schedule; raise InputError if the model does not support it."""
         with _named(self.name):
             choose_conditions(self.denoiser, config, range(0))
             solver, options = Solver(config, self.schedule), self.denoiser.config
@@ -97,12 +97,12 @@ class Model:
             return solver
 
     def weights_digest(self) -> str:
-        """The first 12 digits of its weights' SHA-256."""
+        """Return the first 12 hex digits of the SHA-256 of the weights."""
         return digest(self.denoiser.state_dict())
 
 
 def digest(tensors: Mapping[Any, torch.Tensor]) -> str:
-    """Return the first 12 digits of the SHA-256 of `tensors`, in their order."""
+    """Return the first 12 hex digits of the SHA-256 of `tensors`, in their order."""
     content = hashlib.sha256()
     for tensor in tensors.values():
         content.update(tensor.cpu().numpy().tobytes())
@@ -110,24 +110,24 @@ def digest(tensors: Mapping[Any, torch.Tensor]) -> str:
 
 
 def device() -> torch.device:
-    """The accelerator, if there is one: each process has its own."""
+    """Return this process's accelerator, or the CPU if there is none."""
     return processes.state().device
 
 
 def check_runtime(runtime: str) -> None:
-    """ValueError where there is no such runtime."""
+    """Raise ValueError unless `runtime` is one of `RUNTIMES`."""
     if runtime not in RUNTIMES:
         raise ValueError(f'runtime must be {" or ".join(RUNTIMES)}, not "{runtime}"')
 
 
 def runnable(student: QuantizedUNet, runtime: str) -> IntegerUNet | QuantizedUNet:
-    """The frozen `student` as `runtime`, one of `RUNTIMES`, runs it; ValueError where integers do not follow it."""
+    """Return the frozen `student` in `runtime`; raise ValueError if the integer runtime does not support it."""
     return to_integer(student) if runtime == "integer" else student.to(device())
 
 
 @contextmanager
 def _named(argument: str) -> Iterator[None]:
-    """Inside, an InputError says which model it speaks of."""
+    """Context manager that adds the model's name to the message of an InputError."""
     try:
         yield
     except InputError as error:
@@ -136,14 +136,15 @@ def _named(argument: str) -> Iterator[None]:
 
 @plain_torch()
 def load_model(argument: str, runtime: str = "simulated") -> Model:
-    """Load a released model by its name, a run folder, a folder of diffusers (a pipeline's or a UNet's), or one of
-    these on the Hugging Face hub by its name there.
+    """Load a model.
 
     Args:
+        argument: the name of a released model, a run folder, a diffusers folder (of a pipeline or a UNet), or the name
+            of a repository with one of these on the Hugging Face Hub.
         runtime: for a student, one of `RUNTIMES`.
 
     Raises:
-        InputError: there is no such model, its files are broken, or it says something that is not supported.
+        InputError: the model does not exist, is damaged, or has an unsupported option.
     """
     folder = RELEASED.get(argument, Path(argument))
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", argument):
@@ -169,7 +170,7 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
             try_out(denoiser)
             model = Model(argument, denoiser, schedule, folder=folder)
         _check_network(model)
-    except Exception as error:  # whatever diffusers, safetensors or torch have to say of a broken file
+    except Exception as error:  # diffusers, safetensors and torch raise many types of exceptions for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f'model "{argument}" cannot be loaded from {place}: {reason}') from error
     adapters = [name for name in ADAPTERS if (place / name).exists() or (folder / name).exists()]
@@ -183,7 +184,7 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
 
 
 def _check_network(model: Model) -> None:
-    """InputError for images that the network cannot halve as often as it does, and for weights that are no numbers."""
+    """Raise InputError if the image size is not divisible by the network's downsampling, or a weight is not finite."""
     unet = model.denoiser
     unet = unet if isinstance(unet, UNet2DModel) else getattr(unet, "student", unet).unet
     halvings = sum(bool(getattr(b, "downsamplers", None) or getattr(b, "resnet_down", None)) for b in unet.down_blocks)
@@ -194,17 +195,17 @@ def _check_network(model: Model) -> None:
 
 
 def _from_hub(name: str) -> Path:
-    """The folder of the model of that name on the hub, in its cache: configs and safetensors alone."""
+    """Download configs and safetensors of a repository on the Hugging Face Hub; return its folder in the cache."""
     wanted = ["*.json", "*.safetensors", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # of the hub's library, of the one below it, or of the system
+    except Exception as error:  # from huggingface_hub, its HTTP library or the system
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'no model "{name}", neither here nor on the Hugging Face hub ({reason})') from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; ValueError if there is none."""
+    """Read the JSON object in `path`; raise ValueError if it contains none."""
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path.name} is no JSON object")
@@ -212,7 +213,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_latents(place: Path) -> None:
-    """ValueError where a pipeline has more than the network and its scheduler: its network draws something else."""
+    """Raise ValueError if a pipeline has further components (e.g. a VAE): its network does not generate pixels."""
     for path in (folder / "model_index.json" for folder in _beside(place)):
         if path.is_file():
             parts = {name for name, value in read_config(path).items() if isinstance(value, list) and any(value)}
@@ -223,8 +224,8 @@ def _refuse_latents(place: Path) -> None:
 
 
 def _beside(place: Path) -> list[Path]:
-    """Where a pipeline's other parts lie: in the folder of the network itself, or above it, as it was named and, where
-    that is a link, as it is."""
+    """Return the folders that may contain the pipeline's other components: the network's folder and its parent, both
+    as given and with links resolved."""
     folders: list[Path] = []
     for path in (place.absolute(), place.resolve()):
         folders += [path, path.parent] if path.name in NETWORKS else [path]
@@ -232,10 +233,10 @@ def _beside(place: Path) -> list[Path]:
 
 
 def _load_schedule(place: Path) -> Schedule | None:
-    """What the scheduler beside the network in `place` says; None where there is none.
+    """Read the schedule of the scheduler that belongs to the network in `place`; None if there is none.
 
     Raises:
-        ValueError: its pipeline names one, but it is not there.
+        ValueError: the pipeline names a scheduler whose config is missing.
     """
     for folder in _beside(place):
         for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
@@ -250,16 +251,17 @@ def _load_schedule(place: Path) -> Schedule | None:
 
 
 def _refuse_codes(path: Path) -> None:
-    """ValueError where a file of weights holds anything but floats: codes mean nothing without their scales."""
+    """Raise ValueError if a weight file contains other types than floats: quantized codes are useless without their
+    scales."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
-            # Floats of 8 bits have scales beside them, as integers do.
+            # 8-bit floats have separate scales, as integers do.
             if (dtype := file.get_slice(name).get_dtype()).lstrip("B")[0] != "F" or dtype.startswith("F8"):
                 raise ValueError(f"{name} in {path.name} is of {dtype}, not of floats")
 
 
 def _load_unet(place: Path) -> UNet2DModel:
-    """A UNet of diffusers; its library logs what it finds wrong and loads it all the same."""
+    """Load a diffusers UNet; raise ValueError for missing or unexpected weights, which diffusers only logs."""
     variants = [variant for variant, files in WEIGHTS.items() if any((place / file).is_file() for file in files)]
     if not variants:
         raise ValueError(
@@ -278,6 +280,6 @@ def _load_unet(place: Path) -> UNet2DModel:
     if found["missing_keys"] or found["unexpected_keys"]:
         names = [*found["missing_keys"], *found["unexpected_keys"]]
         raise ValueError(f"its weights do not fit its config: {names[0]} and {len(names) - 1} more")
-    for parameter in unet.parameters():  # as the file is mapped they lie at odd addresses, on which last bits depend
+    for parameter in unet.parameters():  # memory-mapped weights are unaligned, which changes the last bits of results
         parameter.data = parameter.data.clone()
     return unet.eval()

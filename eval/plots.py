@@ -1,4 +1,4 @@
-"""The pictures: each function makes one matplotlib figure."""
+"""Draw the figures: each function returns one matplotlib figure."""
 
 import io
 import math
@@ -15,14 +15,18 @@ from eval.table import Row, bits_product
 
 
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
-    """A figure as the bytes of a PNG file, its margins cut off."""
+    """Return a figure as the bytes of a PNG file, with tight margins."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.08)
     return buffer.getvalue()
 
 
 def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:
-    """One labelled row per entry: the label, and images uint8 (N, H, W) or (N, H, W, C), the same N in every row."""
+    """Draw a grid of images.
+
+    Args:
+        rows: label and images uint8 (N, H, W) or (N, H, W, C) of each row, with the same N.
+    """
     columns, (height, width) = len(rows[0][1]), rows[0][1].shape[1:3]
     figure = Figure(figsize=(1.9 + 0.62 * columns, 0.1 + 0.62 * height / width * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), squeeze=False)[:, 0]
@@ -36,7 +40,7 @@ def image_grid(rows: Sequence[tuple[str, Tensor]]) -> Figure:
 
 
 def loss_curve(updates: Sequence[float], losses: Sequence[float]) -> Figure:
-    """Distillation loss over updates."""
+    """Plot the distillation loss over updates."""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axis = figure.subplots()
     axis.plot(updates, losses, linewidth=1, marker=".", markersize=3)
@@ -46,7 +50,7 @@ def loss_curve(updates: Sequence[float], losses: Sequence[float]) -> Figure:
 
 
 def step_sizes(names: Sequence[str], timesteps: Sequence[float], scales: Tensor) -> Figure:
-    """Learned activation step sizes (layers, T or 1) over the denoising timesteps, relative to their layer's mean."""
+    """Plot activation step sizes (layers, T or 1) over the denoising timesteps, relative to the mean of their layer."""
     figure = Figure(figsize=(7.5, 1.2 + 0.17 * len(names)), layout="constrained")
     axis = figure.subplots()
     relative = (scales / scales.mean(1, keepdim=True)).log2().expand(-1, len(timesteps))
@@ -60,7 +64,7 @@ def step_sizes(names: Sequence[str], timesteps: Sequence[float], scales: Tensor)
 
 
 def rungs_chart(rows: Sequence[Row]) -> Figure:
-    """FID of each row as a bar on a logarithmic axis; the dashed line is the first row's, the teacher's."""
+    """Plot the FID of each row as a bar on a logarithmic axis; the dashed line is that of the first row, the teacher."""
     figure = Figure(figsize=(7, 0.6 + 0.24 * len(rows)), layout="constrained")
     axis = figure.subplots()
     fids = [row.fid for row in rows]
@@ -77,10 +81,10 @@ def rungs_chart(rows: Sequence[Row]) -> Figure:
 
 
 def bits_chart(rows: Sequence[Row], baselines: Sequence[str]) -> Figure:
-    """FID of the full method over the bits, in the order of weight bits times activation bits.
+    """Plot the FID of the full method over bit-widths, ordered by weight bits times activation bits.
 
     Args:
-        baselines: the names of rows that stand beside it as grey points.
+        baselines: names of rows to show as grey points.
     """
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
@@ -104,12 +108,12 @@ def bits_chart(rows: Sequence[Row], baselines: Sequence[str]) -> Figure:
 
 
 def cost_chart(rows: Sequence[Row]) -> Figure:
-    """FID over milliseconds per image: the teacher in several numbers of steps as a line, students as points."""
+    """Plot FID over milliseconds per image: the teacher at several numbers of steps as a line, students as points."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
     teacher = sorted((row for row in rows if row.bits == "32"), key=lambda row: row.num_steps)
     axis.plot([row.milliseconds for row in teacher], [row.fid for row in teacher], "o-", color="black", label="teacher")
-    # Of the students of the base's number of steps, those that are the full method at their bits.
+    # Students with the base's number of steps are shown only if they are the full method.
     for row in rows:
         if row.bits != "32" and (row.num_steps != rows[0].num_steps or is_whole(row)):
             axis.plot(row.milliseconds, row.fid, "o", color="C0")
@@ -127,10 +131,10 @@ def cost_chart(rows: Sequence[Row]) -> Figure:
 
 
 def speed_chart(bench: Mapping[str, Any]) -> Figure:
-    """Images per second of every runtime at the largest batch size, the fastest on top; in colour: on integers.
+    """Plot images per second of every runtime at the largest batch size, the fastest on top, integer ones in colour.
 
     Args:
-        bench: what `efficientdm bench` writes as JSON.
+        bench: the JSON object that `efficientdm bench` writes.
     """
     machine, largest = bench["machine"], max(row["batch_size"] for row in bench["rows"])
     rows = [row for row in bench["rows"] if row["batch_size"] == largest]
@@ -156,7 +160,11 @@ def speed_chart(bench: Mapping[str, Any]) -> Figure:
 
 
 def errors_chart(paths: Mapping[str, Tensor]) -> Figure:
-    """Mean squared distance to the first entry's states over the steps; each (N, T + 1, 1, H, W), of the same noise."""
+    """Plot the mean squared distance to the states of the first entry over the denoising steps.
+
+    Args:
+        paths: states (N, T + 1, C, H, W) of each entry, from the same noise.
+    """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     (_, teacher), *others = paths.items()
@@ -171,12 +179,12 @@ def errors_chart(paths: Mapping[str, Tensor]) -> Figure:
 
 
 def is_whole(row: Row) -> bool:
-    """Whether it is the full method, at its bits."""
+    """Return whether a row is the full method (at any bit-widths)."""
     return row.name in ("full", row.bits.lower())
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """1, 2, 3, 5, 10 on a logarithmic axis, where it would write powers of ten."""
+    """Label a logarithmic axis with 1, 2, 3, 5, 10, … instead of powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())

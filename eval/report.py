@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained page of HTML."""
+"""Write the report of a run: a self-contained HTML page."""
 
 import base64
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from quant.summary import LayerSummary, shares
 
 
 def embed(figure: Figure) -> str:
-    """A figure as a data URL."""
+    """Return a figure as the data URL of a PNG image."""
     return "data:image/png;base64," + base64.b64encode(to_png(figure)).decode()
 
 
@@ -33,11 +33,11 @@ def write_report(
     layers: Sequence[LayerSummary],
     config: str,
 ) -> None:
-    """Write the page.
+    """Write the report to `path`.
 
     Args:
-        facts: sentences that say what was done.
-        floor: the ruler's; None: it has none.
+        facts: sentences that describe the run.
+        floor: the ruler's floor, or None.
         config: the resolved configuration as YAML.
     """
     headings, rows = score_table(scores, floor)

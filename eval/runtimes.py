@@ -1,4 +1,4 @@
-"""Teacher and student in every runtime that the benchmark compares."""
+"""Create the runtimes of teacher and student that the benchmark compares."""
 
 import copy
 import importlib.util
@@ -17,15 +17,15 @@ from ddpm_mnist.sampling.solver import Solver
 from quant import QuantizedUNet, to_integer
 from quant.export import export_onnx
 
-# (runtime, model) → one denoising step of x float (N, C, H, W) at the timestep t (), with classes (N,) where the model
-# has such.
+# (runtime, model) → a denoiser, called with x float (N, C, H, W), the timestep t () and, if the model has classes, class
+# labels (N,).
 Runtimes = dict[tuple[str, str], Callable[..., Any]]
-# The inputs of the ONNX graphs in that order.
+# Names of these inputs in the ONNX graphs, in the same order.
 NAMES = ("sample", "timestep", "class_labels")
 
 
 def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet, isas: list[str]) -> Runtimes:
-    """(runtime, model) → a denoiser; on integers "integer" is the first of `isas`, the others have their names."""
+    """Return the PyTorch and integer runtimes; "integer" uses the first of `isas`, "integer-ISA" the others."""
     channels_last = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
 
     def under_bfloat16(denoiser: Any) -> Any:
@@ -49,7 +49,7 @@ def torch_runtimes(teacher: UNet2DModel, student: QuantizedUNet, isas: list[str]
 
 
 def onnx_runtimes(teacher: UNet2DModel, student: QuantizedUNet, solver: Solver, folder: Path) -> Runtimes:
-    """Both models as ONNX files in `folder`, in every runtime for them that is installed."""
+    """Export both models as ONNX files into `folder`; return them in every installed runtime for ONNX."""
     paths = {name: folder / f"{name}.onnx" for name in ("teacher", "teacher-int8", "student")}
     export_onnx(teacher, paths["teacher"])
     export_onnx(student, paths["student"])
@@ -77,7 +77,7 @@ def _onnxruntime(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that wait by spinning slow down whatever is timed next.
+    # Idle threads that spin would slow down the runtime that is timed next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda *inputs: session.run(None, _arrays(*inputs))
@@ -96,7 +96,7 @@ def _arrays(*inputs: Tensor) -> dict[str, np.ndarray]:
 
 
 def _quantize_statically(teacher: UNet2DModel, solver: Solver, source: Path, target: Path) -> None:
-    """ONNX Runtime's own static quantization to 8 bits, calibrated on the teacher's denoising of 16 noises."""
+    """Quantize to 8 bits with ONNX Runtime's static quantization, calibrated on 16 trajectories of the teacher."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

@@ -1,4 +1,4 @@
-"""Draw images with a model, into an array or a picture."""
+"""Sample images from a model and write them as an array or a picture."""
 
 import glob
 import hashlib
@@ -34,15 +34,15 @@ from quant.context import plain_torch
 @dataclass
 class DrawConfig(SamplerConfig):
     model: str = "teacher"
-    """A released name, a run folder, or a folder of diffusers."""
+    """The name of a released model, a run folder, or a diffusers folder."""
     num_images: int = 64
-    """Images to draw, at least 1."""
+    """Images to sample, at least 1."""
     seed: int = 0
     """Image i starts from the noise of seed + i: 0 to 2^31 - num_images."""
     batch_size: int = 64
-    """Images that are denoised at once, at least 1. It decides the speed, not the images, but for floats' last bits."""
+    """Images to denoise at once, at least 1. It affects the speed, and images only through rounding of floats."""
     runtime: str = "integer"
-    """How a student runs: "integer", or "simulated" in float."""
+    """Runtime of a student: "integer", or "simulated" in float."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class DrawConfig(SamplerConfig):
 @dataclass
 class SampleConfig(DrawConfig):
     output: Path = Path("samples.npy")
-    """.npy: uint8 (N, H, W), or (N, H, W, C) of colours. .png: a picture of them."""
+    """Output file. .npy: array uint8 (N, H, W), or (N, H, W, C) in colour. .png: a picture of all images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +68,7 @@ class SampleConfig(DrawConfig):
 
 
 def origin_of(model: Model, config: DrawConfig) -> dict[str, Any]:
-    """What decides the model's images: what is kept of others is not mixed with new ones."""
+    """Return everything that determines the model's images, so that stored images of other settings are not reused."""
     names = ("num_images", "num_steps", "seed", "solver", "eta", "labels", "guidance_scale", "runtime")
     drawn = {name: getattr(config, name) for name in names}
     drawn |= {"labels": list(config.labels), "runtime": model.runtime, "eps_scale": model.solver(config).eps_scale}
@@ -76,14 +76,14 @@ def origin_of(model: Model, config: DrawConfig) -> dict[str, Any]:
 
 
 def stored_shape(model: Model) -> tuple[int, ...]:
-    """Of one of its images: (H, W), or (H, W, C) of more channels than one."""
+    """Return the shape of one image as it is stored: (H, W), or (H, W, C) for C > 1."""
     channels, height, width = model.shape
     return (height, width) if channels == 1 else (height, width, channels)
 
 
 @plain_torch()
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
-    """The model's images uint8 (num_images, H, W) or (…, C) as `config` says, and the seconds that they took."""
+    """Sample images uint8 (num_images, H, W) or (…, C) from `model`; return them and the duration in seconds."""
     _tell_core(model)
     solver = model.solver(config)
     start, device = time.monotonic(), model.denoiser.device
@@ -99,13 +99,12 @@ def _tell_core(model: Model) -> None:
 
 @plain_torch()
 def write_samples(config: SampleConfig) -> Path:
-    """Draw images with a model, as an array (.npy) or a picture (.png).
+    """Sample images from a model and write them as an array (.npy) or a picture (.png).
 
-    An array is written as it is drawn, in the same memory for any number of images. Where that was interrupted, the
-    same command goes on.
+    An array is written batch by batch, in constant memory. After an interruption, the same command resumes.
     """
     model = load_model(config.model, config.runtime)
-    model.solver(config)  # refuses what does not fit
+    model.solver(config)  # raises if the model does not support the config
     if config.output.suffix == ".png":
         model.check_pictures()
     prepare_output(config.output)
@@ -119,13 +118,13 @@ def write_samples(config: SampleConfig) -> Path:
 
 
 def write_array(model: Model, config: DrawConfig, path: Path) -> None:
-    """Draw the images of `draw` into the .npy file `path`, a batch of each process at a time.
+    """Sample the images of `draw` into the .npy file `path`, one batch per process at a time.
 
-    They go into a file beside it, which takes its name at the end: see `_PartialArray`. Its digest is of all that
-    decides the images, so that what lies there is gone on with.
+    They are written to a temporary file, which is renamed at the end (see `_PartialArray`). Its name contains a digest
+    of everything that determines the images, so that only the same command resumes it.
     """
     _tell_core(model)
-    # The size of a batch is in the last bits of floats.
+    # The batch size is included because it changes the last bits of floats.
     decides = json.dumps({**origin_of(model, config), "batch_size": config.batch_size}, sort_keys=True)
     digest = hashlib.sha256(decides.encode()).hexdigest()[:12]
     solver, device = model.solver(config), model.denoiser.device
@@ -142,13 +141,13 @@ def write_array(model: Model, config: DrawConfig, path: Path) -> None:
 
 
 class _PartialArray:
-    """A .npy file while it is drawn: a file beside it, `.<name>.<digest>.partial`, locked until the end.
+    """An unfinished .npy file: a temporary file `.<name>.<digest>.partial` in the same folder, locked until the end.
 
-    Of several processes the main one calls its methods, and it alone has the file.
+    Only the main process opens the file and calls the methods.
     """
 
     def __init__(self, path: Path, digest: str):
-        self.path = path.resolve() if path.is_symlink() else path  # the link stays one
+        self.path = path.resolve() if path.is_symlink() else path  # replace the target, not the link
         self.beside = self.path.with_name(f".{self.path.name}.{digest}.partial")
         self._file: BinaryIO | None = None
 
@@ -160,10 +159,16 @@ class _PartialArray:
             self._file.close()
 
     def begin(self, config: DrawConfig, one: tuple[int, ...]) -> int:
-        """Lock the file, and cut it back to whole batches or begin it; the number of images that it has.
+        """Open and lock the file; truncate it to whole batches, or write the header of a new one.
+
+        Args:
+            one: shape of one image.
+
+        Returns:
+            The number of images in the file.
 
         Raises:
-            InputError: another process draws into it, or it cannot be written.
+            InputError: another process is writing the file, or it cannot be written.
         """
         self._file = self._locked()
         header = io.BytesIO()
@@ -182,7 +187,7 @@ class _PartialArray:
         return done
 
     def _locked(self) -> BinaryIO:
-        """Open the file beside, and lock it."""
+        """Open and lock the temporary file."""
         while True:
             try:
                 file = self.beside.open("ab")
@@ -193,7 +198,7 @@ class _PartialArray:
                 raise InputError(f"cannot write {self.path}: {error.strerror} ({self.beside.name})") from error
             if is_still_there(file, self.beside):
                 return file
-            file.close()  # another drawing that has ended deleted it between the two lines
+            file.close()  # another process finished and removed the file between open and lock: try again
 
     def append(self, content: bytes) -> None:
         assert self._file is not None
@@ -201,20 +206,20 @@ class _PartialArray:
         self._file.flush()
 
     def end(self) -> None:
-        """Give the file its name, and delete those that were begun with other settings and that no process draws into.
+        """Rename the file to `path`; delete unlocked temporary files for `path` with other settings.
 
         Raises:
-            InputError: it was taken away meanwhile.
+            InputError: the file was deleted by another program.
         """
         assert self._file is not None
         if not is_still_there(self._file, self.beside):
             raise InputError(f"cannot write {self.path}: {self.beside} was taken away")
         keep_mode(self.path, self.beside)
-        if sys.platform == "win32":  # there are no locks, and no open file can be renamed or deleted
+        if sys.platform == "win32":  # no locks here, and an open file cannot be renamed or deleted
             self._file.close()
         self.beside.replace(self.path)
         for other in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
-            with suppress(OSError):  # of BlockingIOError, too
+            with suppress(OSError):  # including BlockingIOError, if the file is locked
                 with other.open("ab") as file:
                     lock_file(file)
                     if sys.platform != "win32":
@@ -223,7 +228,8 @@ class _PartialArray:
 
 
 def picture(images: Tensor, columns: int) -> bytes:
-    """Images uint8 (N, H, W) or (N, H, W, 3) in rows of `columns`, two black pixels around each, as a PNG file."""
+    """Arrange images uint8 (N, H, W) or (N, H, W, 3) in rows of `columns`, separated by two black pixels; return the
+    bytes of a PNG file."""
     images = images if images.dim() == 4 else images.unsqueeze(-1)
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)

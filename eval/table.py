@@ -1,4 +1,4 @@
-"""Scores in tables: with their intervals, or as means and spreads over the distillations of each model."""
+"""Format scores as tables: with confidence intervals, or as means and standard deviations over distillations."""
 
 import math
 import statistics
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # else whoever draws an image would import torchmetrics for a label
+if TYPE_CHECKING:  # sampling imports this module for its labels and must not import torchmetrics
     from eval.metrics import Score
 
-# Each score's heading, its field, and its digits after the point.
+# Heading, field and number of decimals of each score.
 SCORES = (
     ("FID ↓", "fid", 2),
     ("FID, second network ↓", "fid_second", 2),
@@ -26,17 +26,17 @@ WORTH = (("classifier's accuracy ↑", "classifier_accuracy", 4), ("from real on
 
 
 def bits_label(weight_bits: float, act_bits: int) -> str:
-    """ "W4A4", "W1.58A4"; "32" for full precision."""
+    """Format bit-widths: "W4A4", "W1.58A4"; "32" for full precision."""
     return "32" if weight_bits == 32 else f"W{weight_bits:g}A{act_bits}"
 
 
 def bits_product(label: str) -> float:
-    """Weight bits times activation bits of a `bits_label`."""
+    """Return weight bits times activation bits of a `bits_label`."""
     return 32 * 32 if label == "32" else math.prod(float(part) for part in label[1:].split("A"))
 
 
 def number(score: float | None, digits: int, interval: Sequence[float] | None = None) -> str:
-    """A score in a table, with half the width of its interval; "–" where the ruler does not measure it."""
+    """Format a score with half the width of its interval, e.g. "1.23 ± 0.04"; "–" if it is None or NaN."""
     if score is None or math.isnan(score):
         return "–"
     half = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.{digits}f}"
@@ -44,9 +44,9 @@ def number(score: float | None, digits: int, interval: Sequence[float] | None = 
 
 
 def score_table(scores: Sequence["Score"], floor: dict[str, Any] | None) -> tuple[list[str], list[list[str]]]:
-    """A column per model and a row per score: the headings, and the rows with their names first.
+    """Return the headings and rows of a table with a column per model and a row per score.
 
-    The ruler's floor is a column too, where it is of as many images.
+    The ruler's floor is another column if it is for the same number of images.
     """
     shown = floor if floor and floor["num_images"] == scores[0].num_images and scores[0].fid is not None else None
     headings = ["", *(score.model for score in scores)]
@@ -68,13 +68,13 @@ def score_table(scores: Sequence["Score"], floor: dict[str, Any] | None) -> tupl
 
 
 def drawn(score: "Score") -> str:
-    """How the images of a score were drawn."""
+    """Describe how the images of a score were sampled."""
     factor = "" if score.eps_scale == 1 else f", ε × {score.eps_scale:g}"
     return f"{score.num_images:,} images, {score.solver} in {score.num_steps} steps{factor}, seed {score.seed}"
 
 
 def floor_note(scores: Sequence["Score"], floor: dict[str, Any] | None) -> str:
-    """The floor in a sentence, where it is of another number of images and so is no column; else nothing."""
+    """Return a sentence about the floor if it is for another number of images and so has no column; else ""."""
     if not floor or scores[0].fid is None or floor["num_images"] == scores[0].num_images:
         return ""
     of = "; ".join(f"{heading[:-2]} {number(floor[name], digits)}" for heading, name, digits in SCORES if name in floor)
@@ -83,8 +83,10 @@ def floor_note(scores: Sequence["Score"], floor: dict[str, Any] | None) -> str:
 
 @dataclass
 class Row:
-    """A row of the ladder's table: means over the distillations of a rung, and the standard deviation of some; not a
-    number where the ruler does not tell, and of a single distillation."""
+    """A row of the ladder's table: means and some standard deviations over the distillations of a rung.
+
+    A score that the ruler cannot compute is NaN, as is the standard deviation of a single distillation.
+    """
 
     name: str
     bits: str
@@ -94,7 +96,7 @@ class Row:
     spread: float
     """Standard deviation of `fid`."""
     ratio: float
-    """FID over that of the teacher in as many steps; not a number where there is none."""
+    """FID divided by the teacher's in the same number of steps; NaN if there is none."""
     fid_second: float
     fid_second_spread: float
     kid: float
@@ -105,11 +107,11 @@ class Row:
     mse_to_teacher: float
     fid_to_teacher: float
     milliseconds: float
-    """Per image."""
+    """Time per image."""
 
 
 def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
-    """A row per model of `scores`, in their order; the teacher's come first."""
+    """Return a row per model of `scores`, in their order, in which the teacher's come first."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for score in scores:
         rows.setdefault(score["model"], []).append(score)
@@ -152,10 +154,10 @@ def summarise_scores(scores: list[dict[str, Any]]) -> list[Row]:
 def markdown(
     rows: Sequence[Row], num_images: int, seed: int, solver: str, names: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """`rows` as a table in Markdown.
+    """Return `rows` as a Markdown table.
 
     Args:
-        names: other names that some rows go by.
+        names: additional names of some rows, by row name.
     """
     headings = ["rung", "bits", "steps", "distillations", "FID", "ratio", "FID, second network", "same digit"]
     headings += ["precision", "recall", "KID", "MSE to teacher", "FID to teacher", "ms per image"]

@@ -1,4 +1,4 @@
-"""The training of a ruler's two feature networks: classifiers of digits, or of what another set shows."""
+"""Train the two feature networks of a ruler: classifiers for MNIST or a similar data set."""
 
 import math
 import time
@@ -38,19 +38,19 @@ from quant.context import plain_torch
 @dataclass
 class FeaturesConfig:
     data: str = "mnist"
-    """The images, with labels: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"."""
+    """Labelled data set: "mnist", "fashion-mnist", "kmnist" or "emnist-letters"."""
     output: Path = Path("runs/features")
-    """Folder for features.safetensors, reference.safetensors, features.json and config.yaml; the second network's are
-    in its folder "second"."""
+    """Folder for features.safetensors, reference.safetensors, features.json and config.yaml. The second network's files
+    are in its subfolder "second"."""
     epochs: int = 8
     """Passes over the training images, at least 1."""
     batch_size: int = 128
     """Images per update, at least 1."""
     learning_rate: float = 3e-3
-    """Peak of the one-cycle schedule, above 0; a third of it for the second network."""
+    """Peak learning rate of the one-cycle schedule, above 0. The second network uses a third of it."""
     seed: int = 0
-    """Seeds the initial weights, the order of the images and their augmentation, 0 to 2^32 - 1; `seed` + 1 those of
-    the second network."""
+    """Seed of the initial weights, the order of the images and their augmentation, 0 to 2^32 - 1. The second network
+    uses seed + 1."""
 
     def __post_init__(self) -> None:
         if self.data not in LABELLED:
@@ -63,27 +63,27 @@ class FeaturesConfig:
 
 
 class Recipe(NamedTuple):
-    """What a network is trained with beside the config."""
+    """The training settings that differ between the two networks."""
 
     network: type[FeatureNetwork]
     augment: nn.Module
-    """Images uint8 (N, 28, 28) → the same under one random map."""
+    """Augmentation: applies one random transform to all images uint8 (N, 28, 28)."""
     learning_rate: float
-    """Factor on the config's."""
+    """Factor on the config's learning rate."""
     seed: int
-    """Added to the config's."""
+    """Added to the config's seed."""
 
 
 FIRST = Recipe(FeatureNetwork, v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1)), 1, 0)
-# Without batch normalisation it needs smaller steps.
+# Without batch normalisation it needs a lower learning rate.
 SECOND = Recipe(SecondNetwork, v2.RandomPerspective(0.3, p=0.5), 1 / 3, 1)
 
 
 def fit(
     recipe: Recipe, images: Tensor, labels: Tensor, num_classes: int, epochs: int, config: FeaturesConfig
 ) -> FeatureNetwork:
-    """A classifier of `images` uint8 (N, 28, 28) with `labels` int64 (N,) < `num_classes`, N at least a batch; in
-    evaluation mode."""
+    """Train a classifier on `images` uint8 (N, 28, 28) with `labels` int64 (N,) < `num_classes`, N at least the batch
+    size; return it in evaluation mode."""
     torch.manual_seed(config.seed + recipe.seed)
     network = recipe.network(num_classes)
     learning_rate = config.learning_rate * recipe.learning_rate
@@ -94,7 +94,7 @@ def fit(
     with progress("feature network", total) as advance:
         for step in range(total):
             index = order[step * config.batch_size : (step + 1) * config.batch_size]
-            # One map for groups of 16: one a batch is too few, one an image too slow.
+            # One transform per 16 images: one per batch is too little augmentation, one per image too slow.
             batch = torch.cat([recipe.augment(part) for part in images[index].split(16)])
             loss = F.cross_entropy(network(batch)[1], labels[index])
             optimizer.zero_grad()
@@ -109,10 +109,10 @@ def fit(
 @torch.enable_grad()
 @by_main
 def train_features(config: FeaturesConfig) -> Path:
-    """Train both networks on the training images of `data`; the test images only measure, once, at the end.
+    """Train both feature networks on the training images of `data`; the test images are only used to evaluate them.
 
     Raises:
-        InputError: the data cannot be had, or are fewer than a batch.
+        InputError: the data cannot be loaded, or there are fewer images than a batch.
     """
     prepare_output(config.output / SECOND_FOLDER / "features.safetensors")
     prepare_output(config.output / "features.json")
@@ -135,7 +135,7 @@ def _train_both(config: FeaturesConfig) -> Path:
 
 
 def train_network(recipe: Recipe, config: FeaturesConfig, folder: Path, images: Tensor, labels: Tensor) -> Ruler:
-    """Train one network and write it into `folder`, with the statistics of `images`, which it learned from."""
+    """Train one network on `images` and write it, with their statistics, into `folder`."""
     network = fit(recipe, images, labels, int(labels.max()) + 1, config.epochs, config)
     network.standardise(extract(network, images)[0])
     reference = reference_statistics(extract(network, images)[0])
@@ -151,9 +151,9 @@ def train_network(recipe: Recipe, config: FeaturesConfig, folder: Path, images: 
 
 
 def describe(ruler: Ruler) -> dict[str, Any]:
-    """The accuracy of both networks on the test images of the ruler's data, and the floor: what those images score.
+    """Return the accuracy of both networks on the test images of the ruler's data, and the floor: their scores.
 
-    It has no intervals: the images are in no random order, so that groups of them are not alike.
+    The floor has no intervals, because the test images are not in random order and so their groups differ.
     """
     assert ruler.data is not None and ruler.second is not None
     images, labels = load_labelled(ruler.data, "test")
@@ -165,15 +165,16 @@ def describe(ruler: Ruler) -> dict[str, Any]:
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images uint8 (N, 28, 28) in which the network sees their labels (N,)."""
+    """Return the accuracy of the network on images uint8 (N, 28, 28) with labels (N,)."""
     return (extract(network, images)[1].argmax(1) == labels).double().mean().item()
 
 
 def load_sets(ruler: Ruler, num_images: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The images and labels, "train" and "test", that tell what `num_images` generated images are worth.
+    """Load the "train" and "test" images and labels with which `num_images` generated images are compared as training
+    data (see `classifier_accuracy`).
 
     Raises:
-        InputError: the ruler learned from no data with labels, they cannot be had, or are fewer than `num_images`.
+        InputError: the ruler has no labelled training data, it cannot be loaded, or has fewer than `num_images` images.
     """
     if ruler.shape is None or ruler.data not in LABELLED:
         raise InputError(f"classifier needs a ruler that learned from labels, not {ruler.digest}")
@@ -184,12 +185,12 @@ def load_sets(ruler: Ruler, num_images: int) -> dict[str, tuple[Tensor, Tensor]]
     return sets
 
 
-# Images that the classifier below sees in training, again and again where there are fewer: one pass over MNIST.
+# Number of training samples for `classifier_accuracy`, repeated if there are fewer images: one pass over MNIST.
 IMAGES_SEEN = 60_000
 
 
 def classifier_accuracy(images: Tensor, labels: Tensor, num_classes: int, test: tuple[Tensor, Tensor]) -> float:
-    """The accuracy on `test` of a classifier, the first network anew, that learned from `images` with `labels`."""
+    """Train a new `FeatureNetwork` on `images` with `labels`; return its accuracy on `test`."""
     epochs = math.ceil(IMAGES_SEEN / len(images))
     network = fit(FIRST, images, labels, num_classes, epochs, FeaturesConfig())
     return accuracy(network, *test)

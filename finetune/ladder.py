@@ -47,7 +47,7 @@ WEIGHTS: Changes = {"distill.learn": "weights"}
 
 
 class Rung(NamedTuple):
-    """One variant of the ablation: a student to train and score, or another rung's student in other numbers of steps."""
+    """One variant of the ablation: a student to train and score, or another rung's in another number of steps."""
 
     changes: Mapping[str, Any] = MappingProxyType({})
     """Fields of the base config that the rung changes, and their values."""

@@ -1,4 +1,4 @@
-"""Activation ranges from the float network's own activations, one denoising step at a time; then weights or biases."""
+"""Set activation ranges from the float network's activations at each denoising step, then correct biases or weights."""
 
 import copy
 import math
@@ -17,15 +17,15 @@ from quant.convert import QuantizedUNet, require_student
 from quant.quantizers import ActivationQuantizer, WeightQuantizer, as_number
 from quant.reconstruct import reconstruct
 
-# Values of each layer that the search for a range looks at: the extremes, and a random sample. Of every denoising step,
-# or of all together where one range serves all.
+# Activations of each layer that the range search uses, the two extremes and a random sample: per denoising step, or in
+# total if all steps share one range.
 VALUES = 16_384
 
-# States of each denoising step that the correction of the biases looks at.
+# States of each denoising step that bias correction uses.
 STATES_PER_STEP = 16
 
 
-# Students that a thread is calibrating.
+# Students that are being calibrated, in any thread.
 _at_work: set[QuantizedUNet] = set()
 _at_work_lock = threading.Lock()
 
@@ -33,22 +33,23 @@ _at_work_lock = threading.Lock()
 @torch.no_grad()
 @plain_torch()
 def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: Tensor) -> None:
-    """Initialise `model`'s activation step sizes and zero points from each step's own activations; then its biases.
+    """Initialise the activation step sizes and zero points of `model` for each denoising step, then correct its biases.
 
-    Quantization shifts the mean of a layer's output. Each bias takes the shift back (arXiv 1906.04721, section
-    4.2), layer after layer, so that a layer sees inputs that are corrected already. With `QuantConfig.reconstruction`
-    weights are set anew as well (`quant/reconstruct.py`).
+    Quantization shifts the mean of a layer's output. Bias correction subtracts the shift from the bias (arXiv
+    1906.04721, section 4.2), layer by layer, so that a layer's inputs are already corrected. With
+    `QuantConfig.reconstruction`, weights are recomputed as well (`quant/reconstruct.py`).
 
-    Of the activations nothing is kept: it takes little more memory than a forward pass of the states of one timestep.
-    Reconstruction takes about twice that of eight times as many states, and of two of each timestep at least.
+    Activations are not stored: calibration takes little more memory than a forward pass of the states of one timestep.
+    Reconstruction takes about twice the memory of a forward pass of eight times as many states, and of at least two
+    states of each timestep. If calibration fails, `model` is unchanged.
 
     Args:
         states: for each of the clock's timesteps t, states x_t float (N, C, H, W).
-        conditions: further arguments of the network, a row for each of the N, such as class_labels (N,).
+        conditions: further arguments of the network, with a row for each of the N states, such as class_labels (N,).
 
     Raises:
-        ValueError: the timesteps are not exactly the clock's, the model was calibrated or frozen before, or a layer
-            does not run exactly once in a forward pass.
+        ValueError: the timesteps differ from the clock's, the model was calibrated or frozen before, or a layer does
+            not run exactly once in a forward pass.
     """
     require_student(model)
     if model.is_calibrated:
@@ -70,12 +71,12 @@ def calibrate(model: QuantizedUNet, states: Mapping[Any, Tensor], **conditions: 
     finally:
         _at_work.discard(model)
         model.train(training)
-        if not model.is_calibrated:  # all of it or nothing
+        if not model.is_calibrated:  # undo a partial calibration
             model.load_state_dict(before)
 
 
 def _checked(model: QuantizedUNet, states: Mapping[Any, Tensor], conditions: dict[str, Tensor]) -> dict[float, Tensor]:
-    """The states in float32 by their timesteps as numbers; ValueError where they are of no use."""
+    """Return the states in float32, with numbers as keys; raise ValueError if the states or conditions are invalid."""
     by_time = {as_number(t): x for t, x in states.items()}
     if sorted(by_time) != sorted(model.clock.timesteps):
         raise ValueError(f"calibration needs states at {model.clock.timesteps}, not at {list(by_time)}")
@@ -103,7 +104,7 @@ def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: d
     per_step, search = model.quant_config.per_step, model.quant_config.search
     count = VALUES if per_step else max(math.ceil(VALUES / len(states)), 3)
     of_all_steps: dict[Any, Tensor] = {}
-    if not per_step:  # in place from the start: small tensors that stay between large ones keep the memory of these
+    if not per_step:  # allocated first: small tensors between large ones would keep the memory of these in use
         of_all_steps = {quantizer: quantizer.scale.new_empty(len(states), count) for quantizer in quantizers}
 
     calls: Counter[Any] = Counter()
@@ -133,7 +134,7 @@ def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: d
 
 
 def _correct_biases(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
-    """Over batches that mix the denoising steps, as large as the states of one: each bias takes the shifts' mean."""
+    """Correct each bias by the mean shift over several batches, which mix the denoising steps."""
     size = len(next(iter(states.values())))
     places = [(t, i) for t, x in states.items() for i in range(min(len(x), STATES_PER_STEP))]
     num_batches = math.ceil(len(places) / size)
@@ -164,10 +165,10 @@ def _correct_biases(model: QuantizedUNet, states: dict[float, Tensor], condition
 
 
 def _reconstruct(model: QuantizedUNet, states: dict[float, Tensor], conditions: dict[str, Tensor]) -> None:
-    """Over one batch of four times as many states as a denoising step has, and one of each step at least, spread over
-    the steps; each state twice."""
+    """Reconstruct all layers in one forward pass. Its batch has four times as many states as a denoising step, at least
+    one from each step; each state is in it twice, as `reconstruct` expects."""
     size = len(next(iter(states.values())))
-    each = math.ceil(4 * size / len(states))  # of one step, which go on where those of the last step end
+    each = math.ceil(4 * size / len(states))  # states per step; the indices continue from step to step
     places = [(t, (row * each + i) % size) for row, t in enumerate(states) for i in range(each)] * 2
     x = torch.stack([states[t][i] for t, i in places])
     rows = {name: values[[i for _, i in places]] for name, values in conditions.items()}
@@ -176,13 +177,13 @@ def _reconstruct(model: QuantizedUNet, states: dict[float, Tensor], conditions: 
 
 
 def _channel_means(x: Tensor) -> Tensor:
-    """The mean of each channel, (C,): of images (N, C, H, W), or of features (N, …, C)."""
+    """Return the mean of each channel, (C,), of images (N, C, H, W) or features (N, …, C)."""
     return x.mean((0, 2, 3)) if x.dim() == 4 else x.flatten(0, -2).mean(0)
 
 
 @contextmanager
 def _hooks(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
-    """Inside, `hook` is a forward hook of `modules` in this thread: others may run the model meanwhile."""
+    """Register `hook` as a forward hook of `modules` inside the context, for this thread: others may run the model."""
     thread = threading.get_ident()
 
     def here(*call: Any) -> Any:
@@ -197,6 +198,6 @@ def _hooks(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
 
 
 def _in_float(model: QuantizedUNet) -> AbstractContextManager[None]:
-    """Inside, quantizers hand on what they get: a hook that returns something replaces its module's output."""
+    """Disable the quantizers of `model` inside the context, by hooks that replace their outputs by their inputs."""
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
     return _hooks(quantizers, lambda quantizer, inputs, output: inputs[0])

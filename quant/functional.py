@@ -1,16 +1,16 @@
-"""Rounding to codes, and the straight-through function that training sees in its place.
+"""Round tensors to integer codes, with straight-through gradients for training.
 
 A tensor is represented by integer codes q in [qmin, qmax], a step size s and an integer zero point z:
 
     q = clamp(round(x / s) + z, qmin, qmax)        x̂ = (q − z) · s
 
-Mid-rise codes are the odd numbers alone: no level is spent on zero, and as many lie below it as above. Levels are 2·s
-apart, and z is 0:
+Mid-rise codes are odd numbers: no level is zero, and as many levels are negative as positive. Levels are 2·s apart, and
+z is 0:
 
     q = clamp(2·⌊x / (2·s)⌋ + 1, qmin, qmax)       x̂ = q · s
 
-Step sizes and zero points carry one value per slice of dimension 0: for a weight that is the output channel,
-for an activation the sample, whose timestep decides them.
+Step sizes and zero points have one value per slice of dimension 0: per output channel for weights, per sample for
+activations, where they depend on the sample's timestep.
 """
 
 from typing import Any
@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The width of three codes: log2(3), as it is written everywhere.
+# Bit-width of ternary codes: log2(3), rounded as in the literature.
 TERNARY = 1.58
 
-# Which widths of signed codes are mid-rise: with so few, one for zero is a level that the other side lacks.
+# Bit-widths of signed codes that are mid-rise: with so few levels, a code for zero would leave one side a level short.
 MID_RISE = (1, 2)
 
-# Widths beside 2…8: of weights, and of the inputs of a few layers, whose codes are two digits of 8 bits.
+# Bit-widths other than 2…8: FEW for weights, FINE for inputs of edge layers. Codes of 16 bits are two digits of 8 bits.
 FEW: tuple[float, ...] = (1, TERNARY)
 FINE = 16
 
 
 def check_bits(name: str, bits: float, also: tuple[float, ...] = ()) -> None:
-    """ValueError that says `name` unless `bits` is an integer in 2…8 or one of `also`."""
+    """Raise ValueError, with `name` in the message, unless `bits` is an integer in 2…8 or one of `also`."""
     if type(bits) is int and 2 <= bits <= 8:
         return
     if not any(type(bits) is type(other) and bits == other for other in also):
@@ -39,7 +39,7 @@ def check_bits(name: str, bits: float, also: tuple[float, ...] = ()) -> None:
 
 
 def code_range(bits: float, signed: bool) -> range:
-    """The codes of a width b, in order.
+    """Return the codes of bit-width b, in ascending order.
 
     ================ ======== =====================================
     unsigned         2…8, 16  0, 1, …, 2^b − 1
@@ -58,34 +58,34 @@ def code_range(bits: float, signed: bool) -> range:
 
 
 def round_zero_point(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """The integer that a learned zero point stands for. Inside the range, so that 0.0 has a code: padding needs it."""
+    """Round a learned zero point to an integer in [qmin, qmax]: inside this range 0.0 has a code, as padding needs."""
     return zero_point.round().clamp(qmin, qmax)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: range) -> Tensor:
-    """The codes of x, as floats.
+    """Return the codes of x, as floats.
 
     Args:
         x: float (C, …).
         scale: float, positive, broadcastable to x.
-        zero_point: float with integer values, broadcastable to x; zeros where codes are mid-rise.
-        codes: those that there are, of `code_range`.
+        zero_point: float with integer values, broadcastable to x; zeros for mid-rise codes.
+        codes: all valid codes, from `code_range`.
     """
     return _round(x, scale, zero_point, codes).clamp_(codes[0], codes[-1])
 
 
 def _round(x: Tensor, scale: Tensor, zero_point: Tensor, codes: range) -> Tensor:
-    """The codes of x without their bounds: the one place where a number is rounded to a code."""
+    """Return the codes of x before clamping. All rounding to codes in PyTorch happens here."""
     steps = x * scale.reciprocal()
     rounded = steps.round_() if codes.step == 1 else steps.mul_(0.5).floor_().mul_(2).add_(1)
     return rounded.add_(zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x̂ with its three gradients by hand: clamp's own at its bounds differ between versions of torch.
+    """Quantize and dequantize, with explicit gradients: those of clamp at its bounds differ between versions of torch.
 
-    Whether x lies inside the range is asked of its code before the clamp; the end codes belong to the inside.
-    With that mask m, the gradients are (LSQ, arXiv 1902.08153, eq. 3 and 5, and the same for z)
+    x is inside the range if its code before clamping is one of `codes`. With the mask m of the elements inside, the
+    gradients are (LSQ, arXiv 1902.08153, eq. 3 and 5, and the same for z)
 
         ∂x̂/∂x = m        ∂x̂/∂s = (x̂ − m·x) / s        ∂x̂/∂z = −s·(1 − m)
     """
@@ -102,10 +102,10 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, z = ctx.saved_tensors
         unclamped = _round(x, scale, z, ctx.codes)
-        bounds = ctx.codes[0] - 0.5, ctx.codes[-1] + 0.5  # no integer lies on these
+        bounds = ctx.codes[0] - 0.5, ctx.codes[-1] + 0.5  # half-integers, so no code lies on a bound
 
         def masked(tensor: Tensor) -> Tensor:
-            # m·tensor in one pass. Boolean masks cost three times as much.
+            # m·tensor in one pass; boolean masks take three times as long.
             return torch.ops.aten.hardtanh_backward(tensor, unclamped, *bounds)
 
         grad_x = masked(grad)
@@ -119,18 +119,18 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: range) -> Tensor:
-    """Quantize and dequantize: x̂ of this module's docstring, with the straight-through gradients of LSQ.
+    """Quantize and dequantize x, with the straight-through gradients of LSQ.
 
     The gradients are those of `torch._fake_quantize_learnable_per_channel_affine` with axis 0 and grad_factor 1:
-    to x they pass inside the range; the step size gets (q − z) − x/s inside and q − z outside; the zero point
-    gets −s outside. Mid-rise is that operator at x − s with steps of 2·s, plus s.
+    1 for x inside the range; (q − z) − x/s inside and q − z outside for the step size; −s outside for the zero point;
+    and 0 otherwise. Mid-rise quantization equals this operator applied to x − s with step size 2·s, plus s.
 
     Args:
         x: float (C, …).
         scale: float (C,), positive.
-        zero_point: float (C,); used rounded and clamped to the range, the gradient goes straight through both. Zeros
-            where codes are mid-rise.
-        codes: those that there are, of `code_range`.
+        zero_point: float (C,); it is rounded and clamped to the range, with a straight-through gradient. Zeros for
+            mid-rise codes.
+        codes: all valid codes, from `code_range`.
 
     Returns:
         float, the shape of x.

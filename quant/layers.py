@@ -1,4 +1,4 @@
-"""The layers of a quantized network: QALoRA (EfficientDM, eq. 6) around a convolution or a linear layer."""
+"""Quantized convolutions and linear layers with QALoRA adapters (EfficientDM, eq. 6)."""
 
 import copy
 import math
@@ -12,14 +12,14 @@ from quant.quantizers import ActivationQuantizer, Clock, WeightQuantizer
 
 
 class QuantLayer(nn.Module):
-    """y = Q(x; s_x) · Q(W0 + B·A; s_w) + bias.
+    """Quantized layer with adapters: y = Q(x; s_x) · Q(W0 + B·A; s_w) + bias.
 
-    The adapters are merged first and the sum is quantized, so that one low-bit weight is all that is kept in the
-    end. B starts at zero: a new layer computes what plain quantization of W0 computes. W0 is frozen, and so
-    is the bias until a training asks for it; a layer without one gets zeros, for calibration corrects the mean of the
-    output through it.
+    The adapters are added to W0 before quantization, so that a single low-bit weight remains after training. B is
+    initialised to zero: a new layer computes the same as plain quantization of W0. W0 is frozen, and so is the bias
+    unless training enables its gradient. A layer without a bias gets one of zeros, because calibration uses it to
+    correct the mean of the output.
 
-    `freeze` ends the learning: codes take the place of W0 and the adapters.
+    `freeze` ends training: it replaces W0 and the adapters by codes.
 
     Attributes:
         weight: W0, of `weight_shape`.
@@ -41,7 +41,7 @@ class QuantLayer(nn.Module):
         per_step: bool = True,
     ):
         super().__init__()
-        weight = layer.weight.detach().clone(memory_format=torch.contiguous_format)  # also of a channels-last network
+        weight = layer.weight.detach().clone(memory_format=torch.contiguous_format)  # the network may be channels-last
         self.weight = nn.Parameter(weight, requires_grad=False)
         bias = self.weight.new_zeros(len(self.weight)) if layer.bias is None else layer.bias.detach().clone()
         self.bias = nn.Parameter(bias, requires_grad=False)
@@ -56,18 +56,18 @@ class QuantLayer(nn.Module):
         self.shared_weight: Tensor | None = None
 
     def merged_weight(self) -> Tensor:
-        """W0 + B·A."""
+        """Return W0 + B·A."""
         return self.weight + (self.lora_b @ self.lora_a).view_as(self.weight)
 
     def quantized_weight(self) -> Tensor:
-        """Q(W0 + B·A; s_w): merge, then quantize."""
+        """Return Q(W0 + B·A; s_w): merge the adapters, then quantize."""
         if self.codes is not None:
             return self.weight_quantizer.dequantize(self.codes)
         return self.weight_quantizer(self.merged_weight())
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Merge the adapters for good, and keep the weight as codes."""
+        """Replace the weight and the adapters by the codes of the merged weight."""
         if self.codes is not None:
             return
         self.codes = self.weight_quantizer.quantize(self.merged_weight())
@@ -79,16 +79,16 @@ class QuantLayer(nn.Module):
         return self.apply_weight(self.act_quantizer(x), weight)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's linear map of x under `weight`, plus its bias."""
+        """Return the layer's output for x with `weight` in place of its own; the bias is added."""
         raise NotImplementedError
 
     def inputs_of(self, x: Tensor, places: Tensor) -> Tensor:
-        """What an output is a sum of, at the `places` (M,) over all dimensions but the channels: (M, c_in·k·k)."""
+        """Return the inputs (M, c_in·k·k) of the outputs at `places` (M,), flat indices over all but the channels."""
         raise NotImplementedError
 
 
 class QuantConv2d(QuantLayer):
-    """x float (N, c_in, H, W) → (N, c_out, H', W')."""
+    """Quantized convolution: x float (N, c_in, H, W) → (N, c_out, H', W')."""
 
     def __init__(self, layer: nn.Conv2d, *options: Any):
         if layer.padding_mode != "zeros":
@@ -111,7 +111,7 @@ class QuantConv2d(QuantLayer):
 
 
 class QuantLinear(QuantLayer):
-    """x float (N, …, c_in) → (N, …, c_out)."""
+    """Quantized linear layer: x float (N, …, c_in) → (N, …, c_out)."""
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -121,9 +121,10 @@ class QuantLinear(QuantLayer):
 
 
 class SkipConv2d(nn.Module):
-    """A convolution over the concatenation [hidden, skip] as the sum of one over each half.
+    """Convolution over a concatenation [hidden, skip], computed as the sum of one convolution per half.
 
-    The same map, but each half can be quantized by itself. x float (N, c_hidden + c_skip, H, W) → (N, c_out, H', W').
+    The result is the same, but each half can be quantized separately. x float (N, c_hidden + c_skip, H, W) →
+    (N, c_out, H', W').
     """
 
     def __init__(self, conv: nn.Conv2d, hidden_channels: int):

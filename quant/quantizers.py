@@ -1,4 +1,4 @@
-"""Weights (LSQ), activations (TALSQ), and the clock that tells an activation quantizer its denoising step."""
+"""Quantizers of weights (LSQ) and activations (TALSQ), and the clock that holds the timesteps of the running batch."""
 
 import math
 import threading
@@ -10,34 +10,36 @@ from torch import Tensor, nn
 
 from quant.functional import FINE, code_range, fake_quantize, quantize
 
-# Fractions of the min-max range that the searches for an initial step size try, as `torch.linspace` takes them (first,
-# last, count): weights are few and get more. No tensors, which the defaults of the importing process would decide.
+# Candidates for the initial step size, as fractions of the min-max range: arguments of `torch.linspace` (first, last,
+# count), not tensors, whose dtype and device would depend on the importing process's defaults. Weights are fewer than
+# activations and get a finer grid.
 WEIGHT_FRACTIONS = (0.2, 1.1, 181)
-# Codes that are symmetric, ternary and mid-rise, are so few that the best step size may be a twentieth of the range.
+# With the few symmetric codes (ternary and mid-rise), the best step size may be a twentieth of the range.
 SYMMETRIC_FRACTIONS = (0.02, 1.1, 217)
 RANGE_FRACTIONS = (0.2, 1.1, 37)
-# Fractions of the negative part of a range that it keeps: SiLU's shallow tail is often better given up.
+# Fractions of the range's negative part to keep: clipping the shallow negative tail of SiLU often reduces the error.
 TAIL_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-# Codes of 16 bits begin with twice the range that was seen: it costs them one bit, and what lies outside is far worse.
+# Codes of 16 bits start with twice the range of calibration: this costs one bit, and clipping would cost far more.
 FINE_MARGIN = 2
 
-# No step size is smaller: half precision, in which step sizes are saved, still holds it.
+# Lower bound of step sizes: the smallest normal number of half precision, in which step sizes are saved.
 SMALLEST = torch.finfo(torch.half).tiny
 
 
 class Clock:
-    """Where in the denoising each sample of the running batch stands.
+    """Timesteps of the samples in the running batch.
 
-    One clock is shared by all activation quantizers of a model; the model sets it in its forward from the
-    timestep that it is given (never by counting calls). A deep copy of the model has a clock of its own. It is
-    no module and no part of the state dict.
+    All activation quantizers of a model share one clock. The model sets it in each forward pass from the given
+    timestep (never by counting calls). A deep copy of the model has its own clock. A clock is not a module and not
+    part of the state dict.
 
     Attributes:
-        timesteps: the training timesteps of the T sampling steps, as Python's numbers.
+        timesteps: the training timesteps of the T sampling steps, as Python numbers.
 
     Args:
-        timesteps: in any order, all different: numbers, tensors (), or a tensor (T,), as schedulers have them.
+        timesteps: distinct, in any order: a sequence of numbers or of tensors (), or a tensor (T,) such as a
+            scheduler's `timesteps`.
     """
 
     def __init__(self, timesteps: Sequence[float] | Tensor):
@@ -47,16 +49,16 @@ class Clock:
             raise ValueError(f"timesteps must be a sequence or a tensor (T,), not {timesteps!r}") from error
         if len(set(self.timesteps)) != len(self.timesteps) or not self.timesteps:
             raise ValueError(f"a clock needs different timesteps, not {self.timesteps}")
-        self._running = threading.local()  # each thread's own batch: threads may share a model
+        self._running = threading.local()  # one batch per thread, because threads may share a model
 
     def set(self, t: Tensor) -> None:
-        """Set the clock to the timestep of each sample, t (N,)."""
+        """Set the clock to the timesteps t (N,) of the samples."""
         ordered, rows = torch.tensor(self.timesteps, device=t.device, dtype=torch.float32).sort()
         t = t.float().contiguous()
         above = torch.searchsorted(ordered, t).clamp(max=len(ordered) - 1)
         below = (above - 1).clamp(min=0)
         gap = ordered[above] - ordered[below]
-        # Outside the table's ends the nearest row serves.
+        # Outside the range of timesteps, use the nearest row.
         fraction = torch.where(gap > 0, (t - ordered[below]) / gap, 0).clamp(0, 1)
         self._running.interval = rows[below], rows[above], fraction
 
@@ -64,10 +66,12 @@ class Clock:
         self._running.interval = None
 
     def read(self, table: Tensor) -> Tensor:
-        """The value of `table` (T,) for each sample, (N,), interpolated linearly; a table (1,) serves every timestep.
+        """Return the linearly interpolated value of `table` (T,) for each sample, (N,).
+
+        A table (1,) has one value for all timesteps.
 
         Raises:
-            RuntimeError: the clock was not set.
+            RuntimeError: the clock is not set.
         """
         interval: tuple[Tensor, Tensor, Tensor] | None = getattr(self._running, "interval", None)
         if interval is None:
@@ -76,7 +80,7 @@ class Clock:
         if len(table) == 1:
             return table.expand(len(below))
         fraction = fraction.to(table.dtype)
-        # Not torch.lerp, which some processors fuse: integers promise the same bits on all.
+        # Not torch.lerp, which is fused on some processors: integer inference gives the same bits on all.
         return table[below] * (1 - fraction) + table[above] * fraction
 
     def __deepcopy__(self, memo: dict) -> "Clock":
@@ -87,7 +91,7 @@ class Clock:
 
 
 def as_number(t: Any) -> int | float:
-    """A timestep as Python's number: an integer where it is one."""
+    """Return a timestep as a Python number: an int if its value is an integer, else a float."""
     try:
         if isinstance(t, str | bool):
             raise TypeError
@@ -100,11 +104,11 @@ def as_number(t: Any) -> int | float:
 
 
 class WeightQuantizer(nn.Module):
-    """Signed codes around zero with one learned step size per output channel (LSQ, arXiv 1902.08153).
+    """Weight quantizer: signed codes, zero point 0, a learned step size per output channel (LSQ, arXiv 1902.08153).
 
     Args:
-        bits: 1, 1.58 or 2…8; the codes are those of `code_range`.
-        channels: output channels, the size of dimension 0 of the weight.
+        bits: 1, 1.58 or 2…8; `code_range` has the codes.
+        channels: number of output channels, the size of dimension 0 of the weight.
     """
 
     zero_point: Tensor
@@ -119,7 +123,7 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, weight: Tensor, search: str = "error") -> None:
-        """Set each channel's step size from `weight` (c_out, …): see `QuantConfig.search`."""
+        """Initialise each channel's step size from `weight` (c_out, …), by the method `QuantConfig.search`."""
         rows = weight.flatten(1)
         widest = rows.abs().amax(1).clamp(min=SMALLEST) / -self.qmin
         if search == "min-max":
@@ -132,27 +136,27 @@ class WeightQuantizer(nn.Module):
         return fake_quantize(weight, self.scale, self.zero_point, self.codes)
 
     def quantize(self, weight: Tensor) -> Tensor:
-        """The codes int8 of `weight` (c_out, …)."""
+        """Return the codes, int8, of `weight` (c_out, …)."""
         scale, zero_point = self._rows(weight, self.scale), self._rows(weight, self.zero_point)
         return quantize(weight, scale, zero_point, self.codes).to(torch.int8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """The weight that `codes` (c_out, …) stand for, bit for bit what `forward` gives."""
+        """Return the weight that `codes` (c_out, …) represent, bit for bit the output of `forward`."""
         return codes.float() * self._rows(codes, self.scale)
 
     @staticmethod
     def _rows(x: Tensor, values: Tensor) -> Tensor:
-        """`values` (c_out,) shaped to act on x (c_out, …)."""
+        """Reshape `values` (c_out,) to broadcast over x (c_out, …)."""
         return values.view(-1, *[1] * (x.dim() - 1))
 
 
 class ActivationQuantizer(nn.Module):
-    """Unsigned codes with a zero point; a step size and a zero point for every denoising step (TALSQ, eq. 9).
+    """Activation quantizer: unsigned codes, a learned step size and zero point per denoising step (TALSQ, eq. 9).
 
     Args:
         bits: 2…8 or 16.
-        clock: the model's clock; its T timesteps are the rows of the tables.
-        per_step: if false, one step size and zero point serve all timesteps.
+        clock: the model's clock; the tables have a row for each of its T timesteps.
+        per_step: if false, all timesteps share one step size and zero point.
     """
 
     def __init__(self, bits: int, clock: Clock, per_step: bool = True):
@@ -167,7 +171,7 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, values: Tensor, search: str = "error", row: int = 0) -> None:
-        """Set the range of the denoising step of that row from `values` (M,): see `QuantConfig.search`."""
+        """Initialise row `row` of the tables from activations `values` (M,), by the method `QuantConfig.search`."""
         low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
         if self.bits == FINE:
             low, high, search = FINE_MARGIN * low, FINE_MARGIN * high, "min-max"
@@ -185,7 +189,7 @@ class ActivationQuantizer(nn.Module):
                 best, self.scale[row], self.zero_point[row] = error, scales[at], zeros[at]
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Step size and zero point of each sample of the running batch, each (N,), by the clock."""
+        """Return the step size and the zero point of each sample in the running batch, each (N,)."""
         return self.clock.read(self.scale), self.clock.read(self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,12 +197,12 @@ class ActivationQuantizer(nn.Module):
 
 
 def _spaced(fractions: tuple[float, float, int], like: Tensor) -> Tensor:
-    """The fractions, float32, on the device of `like`; worked out on the CPU, so that they are the same on all."""
+    """Return the fractions on the device of `like`, computed in float32 on the CPU to be the same for all devices."""
     return torch.linspace(*fractions, dtype=torch.float32, device="cpu").to(like)
 
 
 def _least_error(rows: Tensor, scales: Tensor, codes: range) -> Tensor:
-    """Of K candidates `scales` (K, R) those with the least squared error on `rows` (R, M), (R,)."""
+    """Return, for each of `rows` (R, M), the one of K candidates `scales` (K, R) with the least squared error: (R,)."""
     zero = torch.zeros_like(scales[0])
     errors = [(fake_quantize(rows, scale, zero, codes) - rows).square().sum(1) for scale in scales]
     return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]

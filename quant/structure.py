@@ -1,7 +1,7 @@
-"""What of diffusers' UNets is understood: a network that its class makes from its config, with nothing changed by hand.
+"""Check that a UNet has exactly the structure that its diffusers class creates from its config.
 
-A student is saved as config and numbers, and integers follow the config's structure. Whatever else a network computes
-would be lost without a word, so it is refused by name.
+A student is saved as config and parameters, and integer inference follows the structure of the config. Any other change
+to a network would be lost silently, so it is rejected, and the error names the part.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 CLASSES: dict[str, Any] = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
-# The fields of each class's config that were read and tried; what a later diffusers adds is refused until it was too.
+# Supported config fields of each class. Fields that a later version of diffusers adds are rejected until tested.
 _COMMON = {
     "sample_size", "in_channels", "out_channels", "center_input_sample", "flip_sin_to_cos", "freq_shift",
     "down_block_types", "mid_block_type", "up_block_types", "block_out_channels", "layers_per_block",
@@ -39,39 +39,40 @@ FIELDS = {
     },
 }  # fmt: skip
 
-# No network that is known comes near: what a config asks for beyond is memory or hours. Of lists, that many entries.
+# Limits on the numbers and list lengths in a config, far above those of known networks: without them, a malformed
+# config could exhaust memory or take hours.
 MOST, MOST_ENTRIES = 1 << 20, 32
 MOST_OF = {"layers_per_block": 32, "transformer_layers_per_block": 32, "sample_size": 4096, "downsample_padding": 2}
 
-# What diffusers' `EMAModel.save_pretrained` writes into the config beside the network's own fields.
+# Fields that diffusers' `EMAModel.save_pretrained` adds to a network's config.
 EMA_FIELDS = {
     "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
 }  # fmt: skip
 
-# Processors of diffusers that compute the same attention in another way.
+# Attention processors of diffusers that differ in implementation only.
 SAME_ATTENTION = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
-# What may differ from a new network without a change in what it computes.
+# Attributes that may differ from a new network's without changing its output.
 _FREE = {"training", "gradient_checkpointing", "processor", "forward"}
 
 
-# Functions that libraries put beside a network without a change in what it computes.
-_CALLABLES = {"_compiled_call_impl", "_gradient_checkpointing_func", "forward"}  # a forward is checked by itself
+# Functions that libraries set as attributes without changing a network's output.
+_CALLABLES = {"_compiled_call_impl", "_gradient_checkpointing_func", "forward"}  # `_check_forward` checks forward
 
 
 def is_of_ema(config: Mapping[str, Any]) -> bool:
-    """Whether diffusers' `EMAModel` wrote this config."""
+    """Return whether diffusers' `EMAModel` wrote this config."""
     return config.keys() >= EMA_FIELDS
 
 
 def own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a network's `config` without those of diffusers and of its `EMAModel`."""
+    """Return the fields of a network's `config` without the internal ones of diffusers and those of its `EMAModel`."""
     others = EMA_FIELDS if is_of_ema(config) else ()
     return {key: value for key, value in config.items() if not key.startswith("_") and key not in others}
 
 
 def check_config(name: Any, config: Mapping[str, Any]) -> None:
-    """ValueError unless `name` is a class that is understood, and every field of its `config` one that is."""
+    """Raise ValueError unless the class `name` and every field of its `config` are supported."""
     if name is None:
         raise ValueError(f"its config has no _class_name, which must be {' or '.join(CLASSES)}")
     if name not in CLASSES:
@@ -84,7 +85,7 @@ def check_config(name: Any, config: Mapping[str, Any]) -> None:
 
 
 def _check_size(key: str, value: Any) -> None:
-    """ValueError for numbers beyond those of any network, and for long lists."""
+    """Raise ValueError if a number or the length of a list is above its limit."""
     if isinstance(value, list | tuple):
         if len(value) > MOST_ENTRIES:
             raise ValueError(f"{key} has {len(value)} entries, more than {MOST_ENTRIES}")
@@ -95,21 +96,20 @@ def _check_size(key: str, value: Any) -> None:
 
 
 def make(name: str, config: Mapping[str, Any]) -> Any:
-    """A new network of that class; ValueError where its config is not understood."""
+    """Return a new network of class `name`; raise ValueError if its config is not supported."""
     check_config(name, config)
     return CLASSES[name].from_config(own_fields(config))
 
 
 @torch.no_grad()
 def try_out(model: Any) -> None:
-    """Run a UNet2DModel, or a student of one, on a small image.
+    """Run a UNet2DModel, or a student of one, on a small image, to find configs that construct but fail in forward.
 
-    What of a config passes diffusers when a network is made, but not when it runs, is found here: this raises whatever
-    diffusers and torch do.
+    Exceptions of diffusers and torch are passed on.
     """
     config = model.config
     if isinstance(getattr(model, "unet", model), UNet2DConditionModel) or config.class_embed_type == "identity":
-        return  # needs more than its config tells
+        return  # these need further inputs
     side = 2 ** (len(config.down_block_types) + 1)
     x = torch.zeros(1, config.in_channels, side, side, device=model.device)
     t = torch.ones(1, dtype=torch.long, device=model.device)
@@ -120,7 +120,7 @@ def try_out(model: Any) -> None:
 
 
 def check_structure(unet: nn.Module) -> None:
-    """ValueError naming the first part of `unet` that its class does not make from its config."""
+    """Raise ValueError naming the first part of `unet` that differs from what its class creates from its config."""
     kind: Any = type(unet)
     if kind not in CLASSES.values():
         raise ValueError(f"a {kind.__name__} is not supported, only {' and '.join(CLASSES)} themselves")
@@ -175,7 +175,7 @@ def _compare(place: str, ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """ValueError naming the first part of `model` with hooks or parametrizations, which saving and integers miss."""
+    """Raise ValueError naming the first part of `model` with hooks or parametrizations, which a student would lose."""
     for name, module in model.named_modules():
         _refuse_hooks(name or type(model).__name__, module)
 
@@ -189,7 +189,7 @@ def _refuse_hooks(place: str, module: nn.Module) -> None:
 
 
 def _check_forward(place: str, module: nn.Module) -> None:
-    """ValueError where `module` has another forward than its class's own."""
+    """Raise ValueError if the forward of `module` is not that of its class."""
     own: Any = type(module).forward
     forward = vars(module).get("forward")
     if forward is None or (getattr(forward, "__self__", None) is module and forward.__func__ in _unwrapped(own)):
@@ -203,7 +203,7 @@ def _check_forward(place: str, module: nn.Module) -> None:
 
 
 def _unwrapped(function: Any) -> list[Any]:
-    """The function, and those that its decorators wrap."""
+    """Return `function` and the functions that its decorators wrap."""
     functions = [function]
     while (function := getattr(function, "__wrapped__", None)) is not None:
         functions.append(function)
@@ -220,7 +220,7 @@ def _shapes(tensors: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """An attribute as something that can be compared: functions by their name, other objects by their class."""
+    """Return an attribute's value in a form that can be compared: functions by name, other objects by class."""
     if isinstance(value, bool | int | float | str | None | torch.dtype):
         return value
     if isinstance(value, list | tuple | set):
