@@ -138,7 +138,7 @@ def parse_seed(text: str, num_images: int) -> int:
 
 
 def rows(films: list[Film]) -> str:
-    """Return the films as rows of HTML, the teacher's first; images with another digit than the teacher's are framed."""
+    """Return the films as rows of HTML, the teacher's first; frame images whose digit differs from the teacher's."""
     ruler, teacher = load_ruler(), films[0]
     fits = ruler.fits(teacher.images.shape[1:])
     seen = [ruler.extract(film.images)[1].argmax(1).tolist() for film in films] if fits else []

@@ -32,10 +32,7 @@ class ExportConfig:
 
 @by_main
 def export(config: ExportConfig) -> Path:
-    """Export a model as ONNX or with bit-packed weights.
-
-    Returns:
-        The path of the file with the weights.
+    """Export a model as ONNX or with bit-packed weights; return the path of the file with the weights.
 
     Raises:
         InputError: the model does not exist, the output exists already, or `format` is "packed" for a full-precision

@@ -175,7 +175,7 @@ def fid_between(features: Tensor, others: Tensor) -> Estimate:
 
 
 def kid(features: Tensor, others: Tensor) -> Estimate:
-    """Estimate the KID (arXiv 1801.01401): the unbiased squared MMD with the cubic kernel, mean over 100 random subsets.
+    """Estimate the KID (arXiv 1801.01401): unbiased squared MMD with the cubic kernel, mean over 100 random subsets.
 
     The error combines that of the MMD of all images and that of the mean over random subsets.
     """

@@ -64,7 +64,7 @@ def step_sizes(names: Sequence[str], timesteps: Sequence[float], scales: Tensor)
 
 
 def rungs_chart(rows: Sequence[Row]) -> Figure:
-    """Plot the FID of each row as a bar on a logarithmic axis; the dashed line is that of the first row, the teacher."""
+    """Plot the FID of each row as a bar on a logarithmic axis; the dashed line is the teacher's, the first row."""
     figure = Figure(figsize=(7, 0.6 + 0.24 * len(rows)), layout="constrained")
     axis = figure.subplots()
     fids = [row.fid for row in rows]

@@ -17,8 +17,8 @@ from ddpm_mnist.sampling.solver import Solver
 from quant import QuantizedUNet, to_integer
 from quant.export import export_onnx
 
-# (runtime, model) → a denoiser, called with x float (N, C, H, W), the timestep t () and, if the model has classes, class
-# labels (N,).
+# (runtime, model) → a denoiser, called with x float (N, C, H, W), the timestep t () and, if the model has classes, the
+# class labels (N,).
 Runtimes = dict[tuple[str, str], Callable[..., Any]]
 # Names of these inputs in the ONNX graphs, in the same order.
 NAMES = ("sample", "timestep", "class_labels")

@@ -174,7 +174,8 @@ def load_sets(ruler: Ruler, num_images: int) -> dict[str, tuple[Tensor, Tensor]]
     data (see `classifier_accuracy`).
 
     Raises:
-        InputError: the ruler has no labelled training data, it cannot be loaded, or has fewer than `num_images` images.
+        InputError: the ruler has no labelled training data, the data cannot be loaded, or `num_images` is below the
+            batch size or above the number of training images.
     """
     if ruler.shape is None or ruler.data not in LABELLED:
         raise InputError(f"classifier needs a ruler that learned from labels, not {ruler.digest}")

@@ -196,16 +196,13 @@ class LadderConfig:
 
 @plain_torch()
 def climb(config: LadderConfig) -> Path:
-    """Run an ablation study: train and score the student of every rung, and write a table and figures of all.
+    """Run an ablation study: train and score the student of every rung; write figures and a table, and return its path.
 
     All rungs have the same number of network evaluations per update. Their images are compared with the teacher's in
     the base's number of steps.
 
     Several processes sample the teacher's images together, then each trains and scores whole students, with the same
     results as one process. All processes must share the file system of the folder.
-
-    Returns:
-        The path of the table.
 
     Raises:
         InputError: the teacher does not exist, or a rung's folder belongs to another configuration.

@@ -1,4 +1,4 @@
-"""From a float diffusers UNet to a low-bit one: `quantize` → `calibrate` → (distil) → `freeze` → `to_integer`."""
+"""Convert a float diffusers UNet to low bits: `quantize` → `calibrate` → (distil) → `freeze` → `to_integer`."""
 
 from quant.calibrate import calibrate
 from quant.convert import QuantConfig, QuantizedUNet, freeze, quantize

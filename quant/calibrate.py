@@ -104,7 +104,7 @@ def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: d
     per_step, search = model.quant_config.per_step, model.quant_config.search
     count = VALUES if per_step else max(math.ceil(VALUES / len(states)), 3)
     of_all_steps: dict[Any, Tensor] = {}
-    if not per_step:  # allocated first: small tensors between large ones would keep the memory of these in use
+    if not per_step:  # allocated first, because small tensors between large ones would fragment the memory
         of_all_steps = {quantizer: quantizer.scale.new_empty(len(states), count) for quantizer in quantizers}
 
     calls: Counter[Any] = Counter()

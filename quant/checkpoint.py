@@ -1,7 +1,7 @@
-"""A student on disk: `model.safetensors` with its weights in their real bits, and `config.json`.
+"""Save and load students: `model.safetensors`, with weights packed to their bit-width, and `config.json`.
 
-Codes are packed (`quant.packing`), one tensor of bytes per layer; step sizes, zero points, biases and normalisations
-stay as they are, so that a model which is loaded computes bit for bit what the saved one computed.
+Codes are packed (`quant.packing`) into one tensor of bytes per layer. Step sizes, zero points, biases and normalisations
+are stored unchanged, so that a loaded model computes bit for bit the same as the saved one.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, f
     """Write `tensors` and `config` into `folder`.
 
     Args:
-        bits: for each name that holds codes (int8), how many bits they take.
-        config: what the model is rebuilt from, as JSON.
+        bits: bit-width of each tensor that holds codes (int8), by name.
+        config: data from which the model is rebuilt, in JSON types.
     """
     folder.mkdir(parents=True, exist_ok=True)
     packed = {name: pack(x, bits[name]) if name in bits else x.cpu().contiguous() for name, x in tensors.items()}
@@ -40,7 +40,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, f
     }
     content = {"format": FORMAT, **config, "codes": codes}
     content["sha256"] = _digest(content, weights)
-    # Both are written before either takes its name: a full disk leaves a checkpoint that was there as it was.
+    # Both files are written before either is renamed, so that a full disk leaves an existing checkpoint intact.
     files = {WEIGHTS: weights, CONFIG: (json.dumps(content, indent=2) + "\n").encode()}
     beside = {name: folder / f".{name}.{os.getpid()}.{threading.get_ident()}.half" for name in files}
     try:
@@ -54,10 +54,10 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], bits: dict[str, f
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, codes unpacked to int8, and the configuration that `write_checkpoint` wrote.
+    """Return the tensors, with codes unpacked to int8, and the configuration that `write_checkpoint` wrote.
 
     Raises:
-        ValueError: a file is truncated, altered, or of another format or other codes than this version reads.
+        ValueError: a file is truncated or altered, or this version does not support its format or codes.
     """
     config = _read_config(folder / CONFIG)
     if config.get("format") != FORMAT:
@@ -70,7 +70,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS} is no safetensors file: {error}") from error
     for name, code in config["codes"].items():
-        step = code.get("step", 1)  # not in older files, which have no mid-rise codes
+        step = code.get("step", 1)  # missing in older files, which have no mid-rise codes
         if step != code_range(code["bits"], signed=True).step:
             raise ValueError(f"{name}: this version reads no codes of {code['bits']} bits that are {step} apart")
         tensors[name] = unpack(tensors[name], code["bits"], code["shape"])
@@ -90,6 +90,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _digest(config: dict[str, Any], weights: bytes) -> str:
-    """SHA-256 of a checkpoint: of its configuration, but for this digest, and its weights."""
+    """Return the SHA-256 of a checkpoint's weights and configuration, without the digest in the configuration."""
     rest = {key: value for key, value in config.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode() + weights).hexdigest()

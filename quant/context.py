@@ -1,4 +1,4 @@
-"""Keep the process's settings of torch out of a computation: default dtype and device, precision, autocast."""
+"""Make a computation independent of the process's torch settings: default dtype and device, precision, autocast."""
 
 import os
 import threading
@@ -8,38 +8,38 @@ from typing import Any
 
 import torch
 
-# Settings of the whole process, and the values under which torch computes by default: a getter, a setter, the value.
+# Process-wide settings: getter, setter, and torch's default value.
 _mkldnn: Any = torch.backends.mkldnn
 _SETTINGS = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
-    # `torch.set_float32_matmul_precision("medium")` lets products of float32 be rounded to bfloat16.
+    # `torch.set_float32_matmul_precision("medium")` allows products of float32 in bfloat16.
     (lambda: _mkldnn.matmul.fp32_precision, lambda value: setattr(_mkldnn.matmul, "fp32_precision", value), "ieee"),
     (lambda: _mkldnn.conv.fp32_precision, lambda value: setattr(_mkldnn.conv, "fp32_precision", value), "ieee"),
 )
 _lock = threading.Lock()
-_inside = 0  # contexts that are open in all threads
-_own = threading.local()  # `.count`: those of this thread
+_inside = 0  # number of open contexts in all threads
+_own = threading.local()  # `.count`: number of open contexts in this thread
 _before: list[Any] = []
 
 
 @contextmanager
 def plain_torch(inference: bool = False) -> Iterator[None]:
-    """Compute as torch does by default: float32 on the CPU, no autocast, no inference mode, no reduced precision.
+    """Compute with torch's defaults: float32 on the CPU, no autocast, no inference mode, no reduced precision.
 
-    A context manager and a decorator: inside, results depend on the arguments alone. The default dtype and the
-    precision belong to the whole process, so other threads see those of torch while one is inside.
+    This is a context manager and a decorator. Inside, results depend on the arguments only. The default dtype and the
+    precision are process-wide, so other threads also see torch's defaults while a context is open.
 
     Args:
-        inference: keep inference mode where it is on. Parameters that are made in it can never be trained.
+        inference: keep inference mode if it is on. Parameters that are created in it can never be trained.
     """
     with ExitStack() as contexts:
         for device_type in _device_types():
-            # Only where it is on: an exported or compiled graph would keep the context.
+            # Only if it is on: the context would become part of an exported or compiled graph.
             if torch.is_autocast_enabled(device_type):
                 contexts.enter_context(torch.autocast(device_type, enabled=False))
         if torch.is_inference_mode_enabled() and not inference:
             contexts.enter_context(torch.inference_mode(False))
-            contexts.enter_context(torch.no_grad())  # as before: leaving inference mode would switch gradients on
+            contexts.enter_context(torch.no_grad())  # leaving inference mode would enable gradients
         if torch.get_default_device().type != "cpu":
             contexts.enter_context(torch.device("cpu"))
         if not torch.compiler.is_compiling():
@@ -54,7 +54,7 @@ def _device_types() -> list[str]:
 
 @contextmanager
 def _default_settings() -> Iterator[None]:
-    """Set the process's settings with the first context that is opened, and restore them with the last."""
+    """Apply torch's defaults when the first context opens, and restore the settings when the last one closes."""
     global _inside
     with _lock:
         if _inside == 0:
@@ -79,7 +79,7 @@ def _apply(values: list[Any]) -> None:
 
 
 def _forget_other_threads() -> None:
-    """In a forked child, where only the forking thread lives on: count its contexts alone."""
+    """In a forked child, count only the contexts of the forking thread, because no other thread exists there."""
     global _lock, _inside
     _lock = threading.Lock()
     others, _inside = _inside, getattr(_own, "count", 0)

@@ -1,4 +1,4 @@
-"""Teacher and student as standard ONNX graphs, with inputs `sample`, `timestep` and what conditions the network."""
+"""Export teacher and student as standard ONNX graphs with the inputs `sample`, `timestep` and further conditions."""
 
 import copy
 import logging
@@ -17,34 +17,34 @@ from quant.layers import QuantLayer
 
 OPSET = 21
 
-# Parts of diffusers' UNets whose inputs the graph does not have.
+# Config fields of diffusers' UNets that require inputs which the graph does not have.
 UNSUPPORTED = ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 
 
 @plain_torch()
 def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path: str | Path) -> None:
-    """Write `model` to `path` as one graph, in float32, from a copy on the CPU; `model` stays as it is.
+    """Write a copy of `model` in float32 to `path` as an ONNX graph.
 
     ====================== =========================================================================================
-    sample                 float (N, C, H, W): any N; H and W of the config's `sample_size`, or where that is None
+    sample                 float (N, C, H, W): any N; H and W are the config's `sample_size`, or if that is None,
                            any multiples of the network's stride
-    timestep               int64 (), the whole batch's: ONNX Runtime has no integer products with a zero point per
-                           row. Float where times are no integers: Fourier features, a student's broken timesteps
-    encoder_hidden_states  float (N, L, cross_attention_dim), any L; only of a UNet2DConditionModel
-    class_labels           int64 (N,); only of a network with classes
+    timestep               int64 (), one for the whole batch, because ONNX Runtime has no integer products with a
+                           zero point per row. Float for Fourier features, or if the student has fractional timesteps
+    encoder_hidden_states  float (N, L, cross_attention_dim), any L; only for a UNet2DConditionModel
+    class_labels           int64 (N,); only for a network with classes
     → eps                  float (N, C, H, W)
     ====================== =========================================================================================
 
-    A student's weights are codes behind a DequantizeLinear with an axis of channels, of 8 bits whatever their width:
-    what ONNX has of 2 and 4 bits ONNX Runtime turns into floats before it multiplies. Activations pass QuantizeLinear,
-    Clip to their bits and DequantizeLinear, with the step size and zero point that the clock would read at this
-    timestep; those of 16 bits as uint16, which ONNX Runtime multiplies in float.
+    A student's weights are 8-bit codes with a DequantizeLinear per channel, whatever their bit-width, because ONNX
+    Runtime converts ONNX's types of 2 and 4 bits to float before it multiplies. Activations pass QuantizeLinear, Clip to
+    their bit-width and DequantizeLinear, with the step size and zero point of the timestep. Those of 16 bits are uint16,
+    which ONNX Runtime multiplies in float.
 
-    The file is written beside `path` and renamed; weights beyond ONNX's 2 GB get a file `<path>.data` of their own.
+    The file is written under a temporary name and renamed. If the graph exceeds ONNX's limit of 2 GB, weights are
+    written to a separate file `<path>.data`.
 
     Raises:
-        ValueError: a student that is not frozen, a network that needs other inputs than these, or one that torch.onnx
-            cannot follow.
+        ValueError: the student is not frozen, the network needs other inputs, or torch.onnx cannot export it.
     """
     path = Path(path)
     model = copy.deepcopy(model).cpu().float().eval()
@@ -73,18 +73,18 @@ def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path:
     finally:
         logger.setLevel(level)
     assert program is not None
-    for node in program.model.graph:  # the exporter's stack traces, a third of the file
+    for node in program.model.graph:  # drop the exporter's stack traces, a third of the file
         node.metadata_props.clear()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         beside = Path(folder) / path.name
         program.save(beside)
-        for weights in beside.parent.glob("*.data"):  # before the graph that names them
+        for weights in beside.parent.glob("*.data"):  # before the graph, which refers to them
             weights.replace(path.with_name(weights.name))
         beside.replace(path)
 
 
 def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The graph's inputs by name, and which of their dimensions are any."""
+    """Return example inputs of the graph by name, and their dynamic dimensions."""
     config = model.config
     unet, timesteps = (model.unet, model.clock.timesteps) if isinstance(model, QuantizedUNet) else (model, [])
     if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
@@ -99,7 +99,7 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     size, sizes = config.sample_size, {}
     if size is None:
         stride = 2 ** (len(config.block_out_channels) - 1)
-        size = (2 * stride, 3 * stride)  # two sizes, lest they be taken for one
+        size = (2 * stride, 3 * stride)  # distinct, or the exporter would unify them
         sizes = {2: any_size, 3: any_size}
     size = (size, size) if isinstance(size, int) else tuple(size)
     fractional = config.time_embedding_type == "fourier" or any(t != int(t) for t in timesteps)
@@ -119,7 +119,7 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class _Denoiser(nn.Module):
-    """Takes tensors in the order of `names`, and returns the tensor instead of diffusers' output object."""
+    """Denoiser that takes positional tensors in the order of `names`, and returns a tensor instead of an output object."""
 
     def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()
@@ -131,15 +131,15 @@ class _Denoiser(nn.Module):
 
 
 class _OnnxClock:
-    """Reads the tables of all L layers at once, at the batch's one timestep, with operators that ONNX has.
+    """Clock that uses only operators of ONNX. It reads the tables of all L layers at once, at the batch's timestep.
 
-    What `Clock.read` gives each layer, bit for bit.
+    The values are bit for bit those of `Clock.read`.
     """
 
     def __init__(self, student: QuantizedUNet):
         quantizers = [layer.act_quantizer for _, layer in student.layers()]
         self.timesteps, order = torch.tensor(student.clock.timesteps, dtype=torch.float32).sort()
-        # (2, T, L), or (2, 1, L) where one row serves every timestep
+        # (2, T, L), or (2, 1, L) if all timesteps share one row
         self.tables = torch.stack([torch.stack([q.scale, q.zero_point]) for q in quantizers], dim=2).detach()
         if self.tables.shape[1] > 1:
             self.tables = self.tables[:, order]
@@ -147,7 +147,7 @@ class _OnnxClock:
 
     def set(self, t: Tensor) -> None:
         self.scales, zero_points = self._row(t[0].float())
-        self.zero_points = zero_points.round().clamp(min=0).minimum(self.qmax)  # as `round_zero_point` does
+        self.zero_points = zero_points.round().clamp(min=0).minimum(self.qmax)  # as in `round_zero_point`
 
     def _row(self, t: Tensor) -> Tensor:
         if self.tables.shape[1] == 1:
@@ -178,7 +178,7 @@ class _OnnxActivationQuantizer(nn.Module):
 
 
 class _OnnxWeightQuantizer(nn.Module):
-    """Dequantizes codes int8, or uint8 with zero points of 128."""
+    """Dequantizes codes that are int8, or uint8 with zero point 128."""
 
     def __init__(self, scale: Tensor):
         super().__init__()
@@ -190,7 +190,7 @@ class _OnnxWeightQuantizer(nn.Module):
 
 
 def _use_onnx_quantizers(student: QuantizedUNet) -> None:
-    """Replace the quantizers of `student` by ONNX's operators."""
+    """Replace the quantizers of `student` by operators of ONNX."""
     if any(layer.codes is None for _, layer in student.layers()):
         raise ValueError("only a frozen student has its weights as codes: call quant.freeze first")
     clock = _OnnxClock(student)
@@ -204,15 +204,15 @@ def _use_onnx_quantizers(student: QuantizedUNet) -> None:
 
 
 def _may_saturate(layer: QuantLayer) -> bool:
-    """Whether two products of unsigned by signed codes, of 8 bits at most, can leave 16 bits.
+    """Return whether the sum of two products of activation and weight codes can overflow 16 bits.
 
-    On x86 without VNNI ONNX Runtime multiplies them by vpmaddubsw, which adds pairs with saturation; weights that are
-    unsigned it widens first (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+    On x86 without VNNI, ONNX Runtime multiplies signed weights with vpmaddubsw, which adds pairs with saturation; it
+    widens unsigned weights first (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
     """
     qmax = layer.act_quantizer.qmax
     return qmax < 256 and 2 * qmax * -layer.weight_quantizer.qmin > 32767
 
 
 def _onnx(operator: str, x: Tensor, *inputs: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:
-    """The ONNX operator of that name in the exported graph; its output has the shape of x."""
+    """Add the ONNX operator `operator` to the exported graph; its output has the shape of x."""
     return torch.onnx.ops.symbolic(operator, (x, *inputs), attributes, dtype=dtype, shape=x.shape, version=OPSET)

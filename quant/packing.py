@@ -1,14 +1,14 @@
-"""Integer codes of weights ↔ dense bytes.
+"""Pack integer codes of weights into dense bytes.
 
-Codes are numbered from the smallest, which is 0. The numbers follow each other without gaps, least significant bit
-first; one may cross the border of a byte, and only the last byte is padded, with zeros. Three-bit codes a, b, c, …:
+Codes are numbered from 0, the smallest code. The numbers are stored without gaps, least significant bit first. A number
+may cross a byte boundary, and only the last byte is padded, with zeros. Three-bit codes a, b, c, …:
 
     byte 0                    byte 1                    byte 2
     bit 7 6 5 4 3 2 1 0       7 6 5 4 3 2 1 0           7 6 5 4 3 2 1 0
         c c b b b a a a       f e e e d d d c           h h h g g g f f
 
-Ternary codes would waste a quarter of two bits: five of them, a to e, make a byte of 3⁵ = 243 values instead, 1.6 bits
-each,
+Ternary codes would leave a quarter of the values of two bits unused. Five of them, a to e, share a byte with 3⁵ = 243
+values instead, 1.6 bits each:
 
     byte 0                              byte 1
     a + 3·b + 9·c + 27·d + 81·e         f + 3·g + 9·h + 27·i + 81·j
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from quant.functional import TERNARY, code_range
 
-PLACES = np.array([1, 3, 9, 27, 81], np.uint8)  # what the ternary codes of a byte count
+PLACES = np.array([1, 3, 9, 27, 81], np.uint8)  # place values of the ternary codes in a byte
 
 
 def packed_size(bits: float, count: int) -> int:
-    """Bytes that `count` codes take."""
+    """Return the number of bytes of `count` packed codes."""
     return math.ceil(count / len(PLACES)) if bits == TERNARY else math.ceil(count * bits / 8)
 
 
 def pack(codes: Tensor, bits: float) -> Tensor:
-    """Signed codes, int8 of any shape, to bytes, uint8 (packed_size(bits, codes.numel()),).
+    """Pack signed codes, int8 of any shape, into bytes, uint8 (packed_size(bits, codes.numel()),).
 
     Raises:
-        ValueError: one of them is no code of `bits`.
+        ValueError: a value is not a code of `bits` bits.
     """
     known, flat = code_range(bits, signed=True), codes.flatten().cpu().numpy()
     for code in set(np.unique(flat).tolist()) - set(known):
@@ -51,10 +51,10 @@ def pack(codes: Tensor, bits: float) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: float, shape: Sequence[int]) -> Tensor:
-    """The codes int8 of `shape` that `pack` made into `packed`.
+    """Unpack bytes that `pack` returned into codes, int8 of `shape`.
 
     Raises:
-        ValueError: `packed` has not the size that the codes take, or a byte that no codes make.
+        ValueError: `packed` does not have the size of these codes, or has a byte that represents no codes.
     """
     known, count = code_range(bits, signed=True), math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (packed_size(bits, count),):

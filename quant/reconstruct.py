@@ -1,9 +1,9 @@
-"""Rounding that makes up for itself: every layer's weight and bias anew, for the inputs that quantization leaves it.
+"""Recompute the weights and biases of all layers to compensate for quantization errors.
 
-Layer after layer, in the order in which they run, a layer is to give on the quantized network's inputs what the float
-one gives on its own (GPTAQ, arXiv 2504.02692): first by the weight of least squares, then by rounding its columns one
-after the other, where those that are yet to come take back what the last one left (GPTQ, arXiv 2210.17323). Closed
-forms, no gradients; and no data but the teacher's states.
+In execution order, each layer is fitted so that its output on the quantized network's inputs matches the float layer's
+output on the float network's inputs (GPTAQ, arXiv 2504.02692): first its weight is solved for by least squares, then the
+columns are rounded one after another, and the columns not yet rounded compensate for each rounding error (GPTQ, arXiv
+2210.17323). Both are closed forms without gradients, and need no data but the teacher's states.
 """
 
 from typing import Any
@@ -15,19 +15,19 @@ from quant.functional import fake_quantize
 from quant.layers import QuantLayer
 from quant.quantizers import SMALLEST
 
-# Rows that the least squares of a layer look at, drawn at random: so many for each unknown, and no fewer than this.
+# Number of rows, drawn at random, in the least-squares problem of a layer: this many per unknown, and at least this many.
 ROWS_PER_COLUMN, FEWEST_ROWS = 8, 8192
 
-# A share of the inputs' variance, by which the weight is held to what it was.
+# Strength of the regularisation towards the original weight, relative to the mean variance of the inputs.
 DAMPING = 0.1
 
 
 @torch.no_grad()
 def reconstruct(search: str, layer: QuantLayer, inputs: tuple[Tensor], _: Any) -> Tensor:
-    """A forward hook that sets the layer's weight, its step sizes (by `QuantConfig.search`) and its bias.
+    """Recompute the weight, the weight step sizes (by the method `QuantConfig.search`) and the bias; a forward hook.
 
-    The batch holds the states twice: the activations of the float network come first, those of the quantized one after
-    them, and so they leave the layer.
+    The batch has every state twice: the first half are activations of the float network, the second half those of the
+    quantized network. The returned output has the same order.
     """
     exact, x = inputs[0].chunk(2)
     exact = layer.apply_weight(exact, layer.weight)
@@ -52,9 +52,9 @@ def reconstruct(search: str, layer: QuantLayer, inputs: tuple[Tensor], _: Any) -
 
 
 def _pairs(layer: QuantLayer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of places of the output y, drawn at random: the inputs (G, M, n) they are computed from, and y (G, M, c_out / G).
+    """Return the inputs (G, M, n) and the values (G, M, c_out / G) of M positions of the output y, drawn at random.
 
-    G are a convolution's groups, n is what each of its outputs is a sum of.
+    G is the number of groups of a convolution, and n the number of inputs of each output.
     """
     y = y.movedim(1, -1) if layer.weight.dim() == 4 else y
     places = y[..., 0].numel()
@@ -66,10 +66,10 @@ def _pairs(layer: QuantLayer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_in_turn(layer: QuantLayer, weight: Tensor, inverse: Tensor) -> Tensor:
-    """GPTQ: the weight (G, c_out / G, n) as each column was when its turn to be rounded came.
+    """Apply GPTQ to the weight (G, c_out / G, n), and return each column as it is immediately before rounding.
 
     Args:
-        inverse: of the damped Gram matrix of the inputs, (G, n, n).
+        inverse: inverse of the damped Gram matrix of the inputs, (G, n, n).
     """
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     weight = weight.clone()

@@ -1,4 +1,4 @@
-"""Which layer computes in which bits, and its share of the parameters and of the multiply-accumulates."""
+"""Summarise a student's layers: bit-widths, and shares of the parameters and the multiply-accumulates."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ FLOAT_BITS = 32
 
 @dataclass
 class LayerSummary:
-    """A row of the table. Products of attention have no weights; they compute in float."""
+    """Row of the summary. Matrix products of attention have no weights and are computed in float."""
 
     name: str
     kind: str
@@ -27,7 +27,7 @@ class LayerSummary:
     weight_bits: float
     act_bits: int
     parameters: int
-    """Weights and biases, adapters not counted: they are merged in the end."""
+    """Number of weights and biases, without adapters, which are merged by `freeze`."""
     macs: int
     """Multiply-accumulates for one image and one denoising step."""
 
@@ -35,13 +35,14 @@ class LayerSummary:
 @torch.no_grad()
 @plain_torch()
 def summarise(model: QuantizedUNet, shape: tuple[int, int, int], **conditions: Tensor) -> list[LayerSummary]:
-    """Every layer that multiplies, in the order of execution, from a forward pass of an image of `shape` (C, H, W).
+    """Return a row for every layer that multiplies, in execution order, from a forward pass of one image.
 
     Args:
-        conditions: further arguments of the network, for that one image, such as class_labels (1,).
+        shape: (C, H, W) of the image.
+        conditions: further arguments of the network for one image, such as class_labels (1,).
     """
     rows: list[LayerSummary] = []
-    copied = copy.deepcopy(model)  # hooks in the model itself would see the forward passes of other threads
+    copied = copy.deepcopy(model)  # hooks in the model itself would also run in other threads
     for name, module in copied.unet.named_modules():
         if isinstance(module, QuantLayer | Attention):
             module.register_forward_hook(partial(_summarise_layer, rows, name), with_kwargs=True)
@@ -73,7 +74,7 @@ def _summarise_layer(
 
 
 def shares(rows: list[LayerSummary]) -> dict[str, tuple[float, float]]:
-    """For each pair of bits, such as "W4A4" or "float", its share of the parameters and of the multiply-accumulates."""
+    """Return the shares of parameters and of multiply-accumulates per pair of bit-widths, such as "W4A4" or "float"."""
     parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
     totals: dict[str, tuple[float, float]] = {}
     for row in sorted(rows, key=lambda row: (row.weight_bits, row.act_bits)):
