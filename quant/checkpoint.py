@@ -1,7 +1,7 @@
 """Save and load students: `model.safetensors`, with weights packed to their bit-width, and `config.json`.
 
-Codes are packed (`quant.packing`) into one tensor of bytes per layer. Step sizes, zero points, biases and normalisations
-are stored unchanged, so that a loaded model computes bit for bit the same as the saved one.
+Codes are packed (`quant.packing`) into one tensor of bytes per layer. Step sizes, zero points, biases and normalisation
+parameters are stored unchanged, so that a loaded model computes bit for bit the same as the saved one.
 """
 
 import hashlib

@@ -36,9 +36,9 @@ def export_onnx(model: UNet2DModel | UNet2DConditionModel | QuantizedUNet, path:
     ====================== =========================================================================================
 
     A student's weights are 8-bit codes with a DequantizeLinear per channel, whatever their bit-width, because ONNX
-    Runtime converts ONNX's types of 2 and 4 bits to float before it multiplies. Activations pass QuantizeLinear, Clip to
-    their bit-width and DequantizeLinear, with the step size and zero point of the timestep. Those of 16 bits are uint16,
-    which ONNX Runtime multiplies in float.
+    Runtime converts ONNX's types of 2 and 4 bits to float before it multiplies. Activations pass QuantizeLinear, Clip
+    to their bit-width and DequantizeLinear, with the step size and zero point of the timestep. Those of 16 bits are
+    uint16, which ONNX Runtime multiplies in float.
 
     The file is written under a temporary name and renamed. If the graph exceeds ONNX's limit of 2 GB, weights are
     written to a separate file `<path>.data`.
@@ -119,7 +119,7 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class _Denoiser(nn.Module):
-    """Denoiser that takes positional tensors in the order of `names`, and returns a tensor instead of an output object."""
+    """Denoiser that takes tensors in the order of `names`, and returns a tensor instead of diffusers' output object."""
 
     def __init__(self, model: nn.Module, names: list[str]):
         super().__init__()

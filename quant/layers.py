@@ -83,7 +83,7 @@ class QuantLayer(nn.Module):
         raise NotImplementedError
 
     def inputs_of(self, x: Tensor, places: Tensor) -> Tensor:
-        """Return the inputs (M, c_in·k·k) of the outputs at `places` (M,), flat indices over all but the channels."""
+        """Return the inputs (M, c_in·k·k) of the outputs at `places` (M,), flat indices of all but the channel axis."""
         raise NotImplementedError
 
 

@@ -1,8 +1,8 @@
 """Recompute the weights and biases of all layers to compensate for quantization errors.
 
 In execution order, each layer is fitted so that its output on the quantized network's inputs matches the float layer's
-output on the float network's inputs (GPTAQ, arXiv 2504.02692): first its weight is solved for by least squares, then the
-columns are rounded one after another, and the columns not yet rounded compensate for each rounding error (GPTQ, arXiv
+output on the float network's inputs (GPTAQ, arXiv 2504.02692). First, least squares give its weight. Then the columns
+are rounded one after another, and the columns not yet rounded compensate for each rounding error (GPTQ, arXiv
 2210.17323). Both are closed forms without gradients, and need no data but the teacher's states.
 """
 
@@ -15,7 +15,7 @@ from quant.functional import fake_quantize
 from quant.layers import QuantLayer
 from quant.quantizers import SMALLEST
 
-# Number of rows, drawn at random, in the least-squares problem of a layer: this many per unknown, and at least this many.
+# Number of rows, drawn at random, in the least-squares problem of a layer: per unknown, and the minimum.
 ROWS_PER_COLUMN, FEWEST_ROWS = 8, 8192
 
 # Strength of the regularisation towards the original weight, relative to the mean variance of the inputs.

@@ -1,4 +1,4 @@
-"""A frozen student on integers: `program` follows its UNet, `model` is the denoiser, `core` multiplies."""
+"""Integer inference: `program` translates a frozen student's UNet, `core` runs it in C++, `model` is the denoiser."""
 
 from quant.integer.model import IntegerUNet, to_integer
 

@@ -1,4 +1,4 @@
-"""`python -m quant.integer`: which instruction sets were built, and which of them runs here."""
+"""`python -m quant.integer`: print which instruction sets were built, and which one this processor uses."""
 
 import sys
 

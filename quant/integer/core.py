@@ -1,7 +1,7 @@
-"""The C++ core as Python sees it: one library per instruction set, plain arrays in and out.
+"""Python bindings of the C++ core: one library per instruction set, with plain arrays as inputs and outputs.
 
-The libraries lie beside this file, built when the package was installed (setup.py). Their code is one: `core/core.cpp`,
-compiled once for each instruction set, all with the same bytes as result.
+The libraries are in this folder and are built at installation (setup.py): `core/core.cpp` is compiled once per
+instruction set. All of them return the same bytes.
 """
 
 import ctypes
@@ -15,25 +15,25 @@ from typing import Any
 
 import numpy as np
 
-# The best first.
+# Instruction sets, fastest first.
 ISAS = ("avx512vnni", "avxvnni", "neon", "avx2", "portable")
-# Overrides the choice.
+# Environment variable that overrides the choice.
 VARIABLE = "EFFICIENTDM_ISA"
 
-# What a line does with its numbers first: `Kind` in core/program.h.
+# First operation of a line on its source: `Kind` in core/program.h.
 QUANTIZE, SILU, ATTENTION, GELU, RELU, MISH = range(6)
-# How a line without a layer resamples: `Resampling` in core/program.h.
+# Resampling by a line without a layer: `Resampling` in core/program.h.
 KEEP, POOL, ENLARGE, FILTER_DOWN, FILTER_UP, MIRROR_DOWN, MIRROR_UP = range(7)
 
-LANES = 16  # states and outputs are filled up to a multiple of it
+LANES = 16  # the channels of states and outputs are padded to a multiple of it
 
 
 class Line(ctypes.Structure):
-    """Codes of a state, through a layer: target = layer(codes(source, skip)) + residual.
+    """Instruction of a program, which applies a layer to a state: target = layer(codes(source, skip)) + residual.
 
-    States are offsets into a memory of floats; -1 is nothing as skip or residual, and no normalisation as norm. Codes
-    are enlarged by `factor`, by nearest neighbour; height and width are those of the source. With -1 as layer floats
-    stay floats: target = (resampled(source) - centre) / divisor.
+    States are offsets into an array of floats; a skip, residual or norm of -1 means none. Codes are upsampled by
+    `factor` (nearest neighbour); height and width are those of the source. Without a layer (-1), values stay float:
+    target = (resampled(source) - centre) / divisor.
     """
 
     _fields_ = (
@@ -72,7 +72,7 @@ class Norm(ctypes.Structure):
 
 
 class Moment(ctypes.Structure):
-    """What the lines need to know of a timestep: `core/program.h`."""
+    """Parameters of the lines that depend on the timestep: see `core/program.h`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("quantizers", "shifts", "slopes", "offsets")),
@@ -92,16 +92,16 @@ class Program(ctypes.Structure):
     )
 
 
-# A quantizer of `core/program.h`.
+# `Quantizer` in core/program.h.
 QUANTIZER = np.dtype([("inverse", "f4"), ("low", "f4"), ("high", "f4"), ("zero_point", "i4"), ("shift", "i4")])
 
 
 class Core:
-    """The functions of one library.
+    """Functions of one library.
 
     Attributes:
         isa: its instruction set.
-        code_offset: what a code is less than its integer in the products.
+        code_offset: offset that is subtracted from a code before multiplication.
     """
 
     def __init__(self, isa: str, path: Path):
@@ -132,7 +132,7 @@ def _declared(function: Any, *arguments: Any) -> Any:
 
 
 def _checked(function: Any, *arguments: Any) -> Any:
-    """The function, with a MemoryError where it answers that memory was short."""
+    """Declare the types of `function`, which returns 0 if memory is insufficient; MemoryError is then raised."""
 
     def check(answer: int, *_: Any) -> None:
         if not answer:
@@ -143,13 +143,13 @@ def _checked(function: Any, *arguments: Any) -> Any:
 
 
 def _sources() -> str:
-    """SHA-256 of the core's sources, as setup.py works it out: a library of others may read a structure wrongly."""
+    """Return the SHA-256 of the core's sources, as in setup.py: the structures of other sources may differ."""
     files = sorted((Path(__file__).parent / "core").iterdir())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def built() -> dict[str, Path]:
-    """The libraries that the installation has, by instruction set, the best first."""
+    """Return the installed libraries by instruction set, fastest first."""
     folder = Path(__file__).parent
     paths = {isa: [folder / f"_core_{isa}{suffix}" for suffix in EXTENSION_SUFFIXES] for isa in ISAS}
     return {isa: found for isa, places in paths.items() for found in places if found.is_file()}
@@ -157,7 +157,7 @@ def built() -> dict[str, Path]:
 
 @cache
 def available() -> dict[str, Core]:
-    """What this processor runs, the best first."""
+    """Return the cores that this processor can run by instruction set, fastest first."""
     cores = {}
     for isa, path in built().items():
         try:
@@ -171,7 +171,7 @@ def available() -> dict[str, Core]:
 
 
 def choose(isa: str | None = None) -> Core:
-    """The core of that instruction set; None: of `EFFICIENTDM_ISA`, or the best that this processor has.
+    """Return the core of the instruction set `isa`; None: of `EFFICIENTDM_ISA`, or the fastest that this processor has.
 
     Raises:
         ValueError: the installation has no core, or the processor lacks that instruction set.
@@ -197,9 +197,9 @@ def choose(isa: str | None = None) -> Core:
 
 @cache
 def openmp() -> int | None:
-    """The address of the function that starts PyTorch's own OpenMP threads, or None where it has none of GCC's kind."""
+    """Return the address of the function that runs PyTorch's OpenMP threads, or None without GCC's OpenMP interface."""
     try:
         function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    except TypeError:  # Windows has no library of the whole process
+    except TypeError:  # Windows cannot look up symbols in the whole process
         return None
     return ctypes.cast(function, ctypes.c_void_p).value if function else None

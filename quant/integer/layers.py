@@ -1,7 +1,7 @@
-"""The layers and normalisations of a frozen student as the core reads them.
+"""Layers and normalisations of a frozen student in the memory layout of the core.
 
-The core gets addresses. Memory of a tensor may move while the tensor stays (`share_memory_()`, which every tensor that
-goes to another process undergoes, or `.data = …`), so each address is that of a NumPy array which owns its memory.
+The core gets addresses. The memory of a tensor may move while the tensor exists (by `.data = …` or `share_memory_()`,
+which is called on every tensor sent to another process), so each address is that of a NumPy array that owns its memory.
 """
 
 import copy
@@ -20,35 +20,35 @@ from quant.integer import core
 from quant.integer.core import LANES
 from quant.layers import QuantConv2d, QuantLayer
 
-LARGEST_DIGIT = 255  # the core multiplies 8 bits at a time
+LARGEST_DIGIT = 255  # the core multiplies codes of 8 bits
 
-# What becomes a `core.Norm`.
+# Modules that become a `core.Norm`.
 NORMS = (nn.GroupNorm, AdaGroupNorm)
 
 
 def owned(x: Tensor) -> np.ndarray:
-    """A copy of the numbers of x in memory of its own, read-only: nothing else can move, free or change it."""
+    """Return a read-only copy of x that owns its memory: nothing else can move, free or change it."""
     array = np.array(x.detach().cpu().numpy(), order="C")
     array.flags.writeable = False
     return array
 
 
 def filled(channels: int) -> int:
-    """`channels` up to the next multiple of 16."""
+    """Return `channels` rounded up to a multiple of 16."""
     return math.ceil(channels / LANES) * LANES
 
 
 class IntegerLayer:
-    """A frozen layer as the core reads it; a linear layer is a convolution of 1×1.
+    """Frozen layer in the memory layout of the core; a linear layer is a 1×1 convolution.
 
     Attributes:
-        weight: int8 (channels / 16, height, width, input channels / 4, 16, 4), filled up with zeros.
-        weight_sum: int32 (channels,), of all weights of an output channel.
-        scales, bias: float32 (channels,), the weights' step sizes, and the bias.
+        weight: int8 (channels / 16, height, width, input channels / 4, 16, 4), padded with zeros.
+        weight_sum: int32 (channels,), the sum of the weights of each output channel.
+        scales, bias: float32 (channels,), the step sizes of the weight, and the bias.
         padding: top, left, bottom, right.
-        first_channel: where its output channels begin among those of all layers, each filled up to 16.
-        shift: from which bit on it takes 8 of its input's codes, 0 or 8.
-        high: the same layer for the upper 8 of 16 bits; None where codes have no more than 8.
+        first_channel: index of its first output channel among those of all layers, each padded to a multiple of 16.
+        shift: lowest of the 8 bits that it reads from each input code, 0 or 8.
+        high: the same layer for the upper 8 of 16 bits; None if input codes have at most 8 bits.
     """
 
     def __init__(self, number: int, name: str, layer: QuantLayer, pad_end: int, first_channel: int):
@@ -69,7 +69,7 @@ class IntegerLayer:
         self.out_channels, self.in_channels, *self.kernel = codes.shape
         largest_digit = min(layer.act_quantizer.qmax, LARGEST_DIGIT)
         self.largest_product = largest_digit * -layer.weight_quantizer.qmin
-        # Twice, for the zero point takes as much; and where codes are stored less 128, that may be more than they are.
+        # Twice, because the correction for the zero point may be as large. With an offset of 128, codes reach -128.
         largest = max(largest_digit, 128) * -layer.weight_quantizer.qmin
         if 2 * largest * codes[0].numel() >= 1 << 31:
             raise ValueError(f"{name}: sums of {codes[0].numel():,} products are too large for integers of 32 bits")
@@ -79,11 +79,11 @@ class IntegerLayer:
         self.scales, self.bias = owned(layer.weight_quantizer.scale), owned(layer.bias)
 
     def of_high_digits(self, number: int, first_channel: int) -> "IntegerLayer":
-        """Make `high`. With q = 256 · high + low and a zero point z of such digits
+        """Create `high` and return it. With q = 256 · high + low, and the zero point z split in the same way,
 
             sum w · (q - z) = 256 · sum w · (high - z_high) + sum w · (low - z_low),
 
-        so it has the same weights, and no bias, which comes but once.
+        so `high` has the same weights. Its bias is zero, because the bias is added only once.
         """
         self.high = copy.copy(self)
         self.high.number, self.high.first_channel, self.high.shift = number, first_channel, 8
@@ -92,11 +92,11 @@ class IntegerLayer:
 
     @property
     def channels(self) -> slice:
-        """Its output channels among those of all layers."""
+        """Slice of its output channels among those of all layers."""
         return slice(self.first_channel, self.first_channel + self.out_channels)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of what the layer makes of an image."""
+        """Return the height and width of the output for an input of this height and width."""
         top, left, bottom, right = self.padding
         return (
             (height + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1,
@@ -104,13 +104,13 @@ class IntegerLayer:
         )
 
     def structure(self) -> core.Layer:
-        """For the core; `self` must outlive it."""
+        """Return the structure that the core reads; `self` must outlive it."""
         sizes = (self.in_channels, self.out_channels, *self.kernel, *self.stride, *self.dilation, *self.padding)
         return core.Layer(*sizes, self.largest_product, self.first_channel, self.weight.ctypes.data)
 
 
 def dense(codes: Tensor, groups: int) -> Tensor:
-    """The weights (c_out, c_in, …) of a convolution in `groups`, (c_out, c_in / groups, …), zeros between groups."""
+    """Expand the weight (c_out, c_in / groups, …) of a grouped convolution to (c_out, c_in, …), filled with zeros."""
     if groups == 1:
         return codes
     rows = codes.unflatten(0, (groups, -1))
@@ -125,19 +125,19 @@ def _pair(value: int | tuple[int, int]) -> list[int]:
 
 
 class Layers(dict[QuantLayer, IntegerLayer]):
-    """The layers of a student with their integer form, and its normalisations, in the order of their definition.
+    """Integer layer of each layer of a student, in the order of definition, and the student's normalisations.
 
     Attributes:
-        numbered: every integer layer by its number, those for high digits included.
-        channels: output channels of these together, each filled up to 16.
-        norms: the number of each normalisation.
-        norm_numbers: of each, weight and bias, float32 (channels,).
-        table, norm_table: what the core reads.
+        numbered: all integer layers by number, including those for high digits.
+        channels: total number of output channels of these, each layer padded to a multiple of 16.
+        norms: number of each normalisation.
+        norm_numbers: weight and bias of each normalisation, float32 (channels,).
+        table, norm_table: structures that the core reads.
     """
 
     def __init__(self, named: list[tuple[str, QuantLayer]], modules: list[nn.Module]):
         super().__init__()
-        # Without padding of its own, diffusers' downsampling fills up below and to the right.
+        # With padding = 0, diffusers' Downsample2D pads at the bottom and at the right before the convolution.
         filled_up = {m.conv for m in modules if isinstance(m, Downsample2D) and m.use_conv and m.padding == 0}
         self.numbered: list[IntegerLayer] = []
         self.channels = 0
@@ -163,7 +163,7 @@ class Layers(dict[QuantLayer, IntegerLayer]):
 
 
 def _weight_and_bias(norm: Any) -> list[np.ndarray]:
-    if isinstance(norm, AdaGroupNorm):  # all of it comes from the time embedding
+    if isinstance(norm, AdaGroupNorm):  # the time embedding gives scale and shift
         channels = norm.linear.bias.numel() // 2
         return [np.ones(channels, np.float32), np.zeros(channels, np.float32)]
     return [owned(norm.weight), owned(norm.bias)]

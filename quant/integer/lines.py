@@ -1,4 +1,4 @@
-"""A program: lines over numbered states, and where in memory the states lie."""
+"""Programs: lines that operate on numbered states, and the layout of the states in memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ DOUBLING, HALVING = (ENLARGE, FILTER_UP, MIRROR_UP), (POOL, FILTER_DOWN, MIRROR_
 
 @dataclass
 class Line:
-    """A line of `core.Line`, its states still numbered: -1 is nothing as layer, norm, skip or residual."""
+    """`core.Line` with numbers of states instead of offsets; a layer, norm, skip or residual of -1 means none."""
 
     kind: int
     layer: int
@@ -39,13 +39,13 @@ class Line:
 
 
 class Program:
-    """Lines over numbered states, the first of which are given.
+    """Lines that operate on numbered states, the first of which are inputs.
 
     Attributes:
-        lines: in the order of execution.
-        shapes: of each state, channels, height, width.
-        offsets: of each state in the `memory` floats of a thread: no two that are needed at the same time overlap.
-        structure: what the core reads.
+        lines: in execution order.
+        shapes: channels, height and width of each state.
+        offsets: offset of each state in the `memory` floats of a thread; states in use at the same time do not overlap.
+        structure: structure that the core reads.
     """
 
     def __init__(self, layers: Layers, *shapes: tuple[int, int, int]):
@@ -57,7 +57,7 @@ class Program:
         self, layer: Any, source: int, kind: int = QUANTIZE, norm: Any = None, skip: int = -1, residual: int = -1,
         factor: int = 1, heads: int = 0,
     ) -> int:  # fmt: skip
-        """Append a line, or one for each digit of codes of 16 bits; the number of the last one's target."""
+        """Append a line, or one for each digit of 16-bit codes, and return the number of the last target state."""
         integer = self._layers[layer]
         if integer.high is not None:
             residual = self._append(integer.high, source, kind, norm, skip, residual, factor, heads)
@@ -86,7 +86,7 @@ class Program:
         self, source: int, kind: int = QUANTIZE, norm: Any = None, resampling: int = KEEP, centre: float = 0.0,
         divisor: float = 1.0,
     ) -> int:  # fmt: skip
-        """Append a line without a layer, target = (resampled(source) - centre) / divisor; the number of its target."""
+        """Append a line without a layer, target = (resampled(source) - centre) / divisor, and return its target."""
         channels, height, width = self.shapes[source]
         if resampling in (MIRROR_DOWN, MIRROR_UP) and min(height, width) < 2:
             raise ValueError(f"images of {self.shapes[0]} are too small for a border in a mirror")
@@ -105,7 +105,7 @@ class Program:
         return -1 if norm is None else self._layers.norms[norm]
 
     def place(self, results: list[int]) -> "Program":
-        """Give every state its place in memory; `results` stay in theirs to the end."""
+        """Allocate memory for every state and return the program; `results` are kept until the end."""
         last_use = dict.fromkeys(results, len(self.lines))
         for at, line in reversed(list(enumerate(self.lines))):
             for state in (line.source, line.skip, line.residual):

@@ -1,4 +1,4 @@
-"""The integer model: `integer = to_integer(student)`, the same denoiser."""
+"""Denoiser on integers: `integer = to_integer(student)` has the interface of `student`."""
 
 import copy
 import ctypes
@@ -24,23 +24,23 @@ from quant.structure import refuse_hooks
 if TYPE_CHECKING:
     from quant.convert import QuantizedUNet
 
-MAX_STEPS = 1000  # timesteps whose step sizes and biases are kept
-MAX_NUMBER = 1 << 20  # beyond that, sines and cosines are not what the core promises
+MAX_STEPS = 1000  # number of cached moments
+MAX_NUMBER = 1 << 20  # larger numbers exceed the range of the core's sine and cosine
 
 
 class Moment:
-    """What the lines need to know of a timestep and a class. A sum of products becomes (sum − shift) · slope + offset.
+    """Parameters of the lines for a timestep and a class. A sum of products becomes (sum − shift) · slope + offset.
 
     Attributes:
-        quantizers: `core.QUANTIZER`, of the input of each of `layers.numbered`.
-        shifts: int32 (C,), over the output channels of all of these, each filled up to 16.
+        quantizers: `core.QUANTIZER`, the input quantizers of `layers.numbered`.
+        shifts: int32 (C,), over the output channels of all these layers, each padded to a multiple of 16.
         slopes, offsets: float32 (C,), likewise.
-        norm_table: the normalisations; the timestep has a part in those of `modulate`.
-        structure: what the core reads.
+        norm_table: the normalisations, with the scale and shift from `modulate`.
+        structure: structure that the core reads.
     """
 
     def __init__(self, scales: Tensor, zero_points: Tensor, largest: Tensor, layers: Layers, code_offset: int):
-        """scales float32 (L,), zero_points and largest codes int32 (L,), of the L layers of the student."""
+        """Compute the parameters from the L layers' input `scales` float32, `zero_points` and `largest` codes int32."""
         one = np.float32(1)
         self.quantizers = np.empty(len(layers.numbered), core.QUANTIZER)
         self.shifts = np.zeros(layers.channels, np.int32)
@@ -59,26 +59,26 @@ class Moment:
         self.structure = core.Moment(*(array.ctypes.data for array in arrays), self.norm_table)
 
     def modulate(self, number: int, weight: np.ndarray, bias: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> None:
-        """Scale and shift what a normalisation of that weight and bias makes, all float32 (channels,)."""
+        """Multiply the output of a normalisation by 1 + `scale` and add `shift`; all arrays are float32 (channels,)."""
         factor = np.float32(1) + scale
         weight, bias = weight * factor, bias * factor + shift
-        self._modulated += [weight, bias]  # the table has their addresses alone
+        self._modulated += [weight, bias]  # keep them alive: the table has only their addresses
         self.norm_table[number].weight, self.norm_table[number].bias = weight.ctypes.data, bias.ctypes.data
 
 
 @dataclass
 class _Numbers:
-    """Which numbers a network takes as timesteps, or as classes."""
+    """Valid timesteps or class labels of a network."""
 
     name: str
     rows: int | None
-    """None, or of how many rows of a table they are the numbers."""
+    """Number of rows, if they are row indices of an embedding table; else None."""
     positive: bool
-    """Whether their logarithm is taken."""
+    """Whether they must be positive, because the network takes their logarithm."""
 
     @classmethod
     def of(cls, name: str, *embeddings: nn.Module) -> "_Numbers":
-        """What these take, the first of which is known."""
+        """Return the valid inputs of the first of `embeddings` that limits them."""
         for module in embeddings:
             if isinstance(module, nn.Embedding):
                 return cls(name, module.num_embeddings, False)
@@ -87,7 +87,7 @@ class _Numbers:
         return cls(name, None, False)
 
     def read(self, given: Any, count: int) -> list[float]:
-        """One for each of `count` samples: an integer as it is, others as a float of 32 bits holds them."""
+        """Return a number for each of `count` samples; integers stay exact, others are rounded to float32."""
         try:
             x = torch.as_tensor(float(given) if isinstance(given, Fraction | Decimal) else given).detach()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -114,15 +114,15 @@ def _address(x: Tensor) -> int:
     """Return the address of the elements of `x`, or 0 if it has no memory."""
     try:
         return x.numpy().ctypes.data if x.untyped_storage().nbytes() else 0
-    except RuntimeError:  # of a fake tensor or inside a transform of torch.func
+    except RuntimeError:  # fake tensors, and tensors inside a transform of torch.func
         return 0
 
 
 class _Projection:
-    """What `time_proj` makes of a timestep or of a class, or the row of an embedding.
+    """Embedding of a timestep or class: the output of `time_proj`, or a row of an embedding table.
 
     Attributes:
-        width: how many numbers that is.
+        width: number of values.
     """
 
     def __init__(self, module: nn.Module, integer_core: core.Core):
@@ -137,7 +137,7 @@ class _Projection:
             self.width = 2 * len(self._frequencies)
 
     def write(self, number: float, to: np.ndarray) -> None:
-        """Write what it makes of `number` into `to`, float32 (width, …)."""
+        """Write the embedding of `number` into `to`, float32 (width, …)."""
         module: Any = self._module
         if isinstance(module, nn.Embedding):
             to[: self.width] = self._rows[int(number)]
@@ -150,21 +150,21 @@ class _Projection:
 
 
 class IntegerUNet(nn.Module):
-    """A denoiser on integers: `eps = model(x_t, t).sample`, float32 out, on the CPU.
+    """Denoiser on integers: `eps = model(x_t, t).sample`, with float32 output, on the CPU.
 
-    It has no parameters, as nothing of it can be trained, moved or replaced: it computes with copies of the student's
-    numbers, in memory of its own. Its state dict is the student's. Copies and pickles are made anew from `student`.
+    It has no parameters and cannot be trained, moved or changed, because it computes with copies of the student's
+    parameters in its own memory. Its state dict is the student's. Copying and unpickling rebuild it from `student`.
 
-    The bytes of ε depend on the student, on x_t, t and the class alone: not on the batch, the threads, the instruction
-    set or the operating system. Where x_t holds something that is not a finite number, ε is none at all. Threads may
-    share a model.
+    The bytes of ε depend only on the student, x_t, t and the class, not on the batch, the number of threads, the
+    instruction set or the operating system. If a sample of x_t has a value that is not finite, its ε is NaN. Threads
+    may share a model.
 
     Attributes:
-        core: the instruction set that runs it, with its functions.
-        time: from a timestep and a class to what they add to each block.
-        programs: from x_t to ε, for each height and width that was met.
-        moments: for each timestep and class that was met, at most `MAX_STEPS`; without classes that is None.
-        seconds: None, or float64 (2,): the threads' time for making codes and for their products is added.
+        core: functions of the instruction set in use.
+        time: program from timestep and class to the values that they add to each block.
+        programs: programs from x_t to ε by height and width, created on first use.
+        moments: cached moments by timestep and class (None without classes), at most `MAX_STEPS`.
+        seconds: None, or float64 (2,), to which the threads' time for codes and for products is added.
     """
 
     @plain_torch()
@@ -174,7 +174,7 @@ class IntegerUNet(nn.Module):
         refuse_hooks(student)
         refuse_unsupported(student.unet)
         self.core, self._isa = core.choose(isa), isa
-        self._held = (student,)  # in a tuple, for a module among its attributes would give it parameters
+        self._held = (student,)  # in a tuple: as an attribute, it would be a submodule
         self.clock = copy.deepcopy(student.clock)
         self.layers = Layers(list(student.layers()), list(student.unet.modules()))
         self.time = follow_time_embedding(student.unet, self.layers)
@@ -193,10 +193,10 @@ class IntegerUNet(nn.Module):
 
     @property
     def student(self) -> "QuantizedUNet":
-        """The frozen student that it was made from, on the CPU."""
+        """The frozen student that the model was created from, on the CPU."""
         return self._held[0]
 
-    # diffusers' pipelines ask a denoiser for these three.
+    # diffusers' pipelines read these three properties.
     @property
     def config(self) -> Any:
         return self.student.config
@@ -215,15 +215,16 @@ class IntegerUNet(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Any:
-        """Samples of one batch may have different timesteps, and different classes.
+        """Predict ε. Samples of one batch may have different timesteps and classes.
 
         Args:
             sample: float of any precision (N, C, H, W), on the CPU.
-            timestep: a number, or one for each sample, (N,); it may lie between two of the training.
+            timestep: a number, or one for each sample, (N,); it may lie between two training timesteps.
             class_labels: (N,), for a network with classes.
+            return_dict: whether to return a `UNet2DOutput` or a tuple.
 
         Raises:
-            ValueError: one of them is of another kind, or the images do not fit the network; or torch is tracing.
+            ValueError: an argument is invalid, the network does not support the image size, or torch is tracing.
         """
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise ValueError("an integer model cannot be traced or exported: export the frozen student")
@@ -258,7 +259,7 @@ class IntegerUNet(nn.Module):
             eps /= torch.tensor(timesteps, dtype=torch.float32)[:, None, None, None]
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
-    # Threads may share a model: two may make the same program or moment, and each goes on with its own.
+    # Threads may share a model: two may create the same program or moment, and each uses its own.
     def _program(self, height: int, width: int) -> Program:
         if (program := self.programs.get((height, width))) is None:
             program = self.programs[height, width] = follow_unet(self.student.unet, self.layers, height, width)
@@ -286,7 +287,7 @@ class IntegerUNet(nn.Module):
         if label is not None:
             self._class_projection.write(label, memory[program.offsets[1] :])
         self.core.execute(program.structure, moment.structure, memory.ctypes.data)
-        # The time embedding becomes a part of the offset of each block's first convolution, or of a normalisation.
+        # Add the time embedding to the offset of each block's first convolution, or apply it to a normalisation.
         for conv, state in self.time.added.items():
             start, channels = program.offsets[state], self.layers[conv].channels
             moment.offsets[channels] += memory[start : start + self.layers[conv].out_channels]
@@ -297,7 +298,7 @@ class IntegerUNet(nn.Module):
             moment.modulate(number, weight, bias, scale, shift)
         return moment
 
-    # A module that this one is a part of calls these two.
+    # `state_dict` and `load_state_dict` of a parent module call these two.
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.student.state_dict(destination=destination, prefix=f"{prefix}student.", keep_vars=keep_vars)
 
@@ -310,17 +311,17 @@ class IntegerUNet(nn.Module):
 
 @plain_torch()
 def to_integer(student: "QuantizedUNet", isa: str | None = None) -> IntegerUNet:
-    """The frozen `student` on integers, on the CPU: the same denoiser contract, the same codes.
+    """Return the frozen `student` as a denoiser on integers, on the CPU, with the same interface and the same codes.
 
     Args:
-        isa: the instruction set; None: that of `EFFICIENTDM_ISA`, or the best that this processor has. It decides the
-            speed alone.
+        isa: the instruction set, which affects only the speed; None: that of `EFFICIENTDM_ISA`, or the fastest that
+            this processor has.
 
     Raises:
-        ValueError: the student is not frozen, or has a part that is not supported, by its name; the installation has
-            no integer core, or the processor no such instruction set.
+        ValueError: the student is not frozen or has an unsupported part, the installation has no integer core, or the
+            processor lacks the instruction set.
     """
-    from quant.convert import QuantizedUNet  # not above: it asks this package which networks can be followed
+    from quant.convert import QuantizedUNet  # here, because quant.convert imports this package
 
     if not isinstance(student, QuantizedUNet):
         raise ValueError(f"a {type(student).__name__} has no codes: only a frozen student runs on integers")

@@ -1,6 +1,6 @@
-"""Following a UNet into a program: a line per layer, in the order of execution.
+"""Translate a UNet into a program: one line per layer, in execution order.
 
-Whatever in diffusers' blocks changes what they compute is either honoured here or refused by name.
+Every option of diffusers' blocks that changes their output is either supported here or rejected by name.
 """
 
 from dataclasses import dataclass
@@ -51,9 +51,9 @@ UP_BLOCKS = (
 )  # fmt: skip
 RESIDUAL_BLOCKS = (ResnetBlock2D, ResnetBlockCondNorm2D)
 
-# What each way of resampling computes, of images (1, C, H, W).
+# Reference functions of the resamplings, for images (1, C, H, W).
 FILTER = (1, 3, 3, 1)
-with plain_torch():  # they hold tensors, which the defaults of the importing process would decide
+with plain_torch():  # the modules hold tensors, whose dtype and device depend on torch's defaults
     MIRRORS = KDownsample2D(), KUpsample2D()
 RESAMPLINGS: dict[int, Any] = {
     POOL: partial(F.avg_pool2d, kernel_size=2, stride=2),
@@ -66,7 +66,7 @@ RESAMPLINGS: dict[int, Any] = {
 
 
 class _Follower:
-    """Appends to a program what a UNet's parts compute; a state comes in, and the number of another goes out."""
+    """Appends the lines of a UNet's parts to a program. Methods take and return numbers of states."""
 
     def __init__(self, program: Program):
         self.program = program
@@ -76,11 +76,11 @@ class _Follower:
         activation, resampling = ACTIVATIONS[type(block.nonlinearity)], block_resampling(block)
         if resampling == KEEP:
             hidden = emit(block.conv1, x, activation, block.norm1, skip)
-        elif resampling == ENLARGE:  # the same for codes, which are smaller
+        elif resampling == ENLARGE:  # enlarging the codes gives the same, and they are smaller
             hidden = emit(block.conv1, x, activation, block.norm1, factor=2)
         elif resampling == POOL:
             hidden = emit(block.conv1, change(x, activation, block.norm1, POOL))
-        else:  # a filter meets every number several times
+        else:  # a filter reads every value several times, so the activation is computed first
             hidden = emit(block.conv1, change(change(x, activation, block.norm1), resampling=resampling))
         if resampling != KEEP:
             x = change(x, resampling=resampling)
@@ -113,16 +113,15 @@ class _Follower:
 
 
 def follow_unet(unet: UNet2DModel, layers: Layers, height: int, width: int) -> Program:
-    """From the sample (in_channels, height, width) to ε.
+    """Return the program from a sample (in_channels, height, width) to ε.
 
     Raises:
-        ValueError: images of that size do not fit the network.
+        ValueError: the network does not support images of this size.
     """
     parts: Any = unet
     program = Program(layers, (parts.config.in_channels, height, width))
     follow = _Follower(program)
-    # Beside the network, blocks with a `skip_conv` pass on the image itself: smaller and smaller on the way down, and
-    # put together on the way up.
+    # Blocks with a `skip_conv` also process an image: down blocks downsample the input, up blocks sum up the output.
     image = program.change(0, centre=0.5, divisor=0.5) if parts.config.center_input_sample else 0
     x = program.emit(parts.conv_in, image)
     skips = [x]
@@ -164,22 +163,22 @@ def follow_unet(unet: UNet2DModel, layers: Layers, height: int, width: int) -> P
 
 
 def _pairs(block: Any) -> list[tuple[Any, Attention | None]]:
-    """The residual blocks of an up- or down-sampling block, each with the attention behind it."""
+    """Return the residual blocks of an up- or down-sampling block, each with the attention after it."""
     attentions = list(getattr(block, "attentions", [None] * len(block.resnets)))
-    if isinstance(block, blocks.AttnSkipUpBlock2D):  # has one, behind the last
+    if isinstance(block, blocks.AttnSkipUpBlock2D):  # has one attention, after the last residual block
         attentions = [None] * (len(block.resnets) - 1) + attentions
     return list(zip(block.resnets, attentions, strict=True))
 
 
 @dataclass
 class TimeProgram:
-    """From a timestep, and a class, to what they do to the network.
+    """Program of the time embedding and the class embedding.
 
     Attributes:
-        program: its first state is what `time_proj` makes of the timestep. With classes the second is the class's row
-            of the embedding, or what `time_proj` makes of it.
-        added: for each layer the state that is added to its output.
-        modulated: for each normalisation the state of what its weights are to be scaled and shifted by.
+        program: its first state is the output of `time_proj` for the timestep. For networks with classes, the second is
+            the class's row of the embedding table, or the output of `time_proj` for the class.
+        added: for each layer, the state that is added to its output.
+        modulated: for each normalisation, the state of the scale and shift of its output.
     """
 
     program: Program
@@ -188,7 +187,7 @@ class TimeProgram:
 
 
 def follow_time_embedding(unet: UNet2DModel, layers: Layers) -> TimeProgram:
-    """The part of `unet` that does not depend on the sample."""
+    """Return the program of the part of `unet` that does not depend on the sample."""
     parts: Any = unet
     embeds, classes = parts.time_embedding, parts.class_embedding
     given = [(layers[embeds.linear_1].in_channels, 1, 1)]
@@ -222,16 +221,18 @@ def _embed(program: Program, embedding: Any, source: int, residual: int = -1) ->
 
 
 def block_resampling(block: Any) -> int:
-    """How a residual block resamples."""
+    """Return the resampling of a residual block."""
     function = block.upsample or block.downsample
     return KEEP if function is None else resampling_of(function, block.in_channels)
 
 
 def resampling_of(function: Any, channels: int) -> int:
-    """How `function` resamples images (1, `channels`, H, W): diffusers keeps it in a lambda, so it is tried out.
+    """Return the resampling of `function` for images (1, `channels`, H, W).
+
+    diffusers stores it as a lambda, so its output for a test image is compared with the reference functions.
 
     Raises:
-        ValueError: in none of the known ways.
+        ValueError: it is none of the known resamplings.
     """
     image = torch.arange(36.0).square().fmod(11).view(1, 1, 6, 6)
     with torch.no_grad():
@@ -244,7 +245,7 @@ def resampling_of(function: Any, channels: int) -> int:
 
 
 def refuse_unsupported(unet: UNet2DModel) -> None:
-    """ValueError naming the first part of `unet` that a program does not follow."""
+    """Raise ValueError naming the first part of `unet` that integer inference does not support."""
 
     def require(condition: bool, name: str, what: str) -> None:
         if not condition:
@@ -262,7 +263,7 @@ def refuse_unsupported(unet: UNet2DModel) -> None:
         isinstance(proj, Timesteps | GaussianFourierProjection | nn.Embedding), "time_proj", f"a {type(proj).__name__}"
     )
     require(not isinstance(proj, Timesteps) or proj.scale == 1, "time_proj", "a scale")
-    if isinstance(proj, GaussianFourierProjection):  # of angles within 2^20, for no logarithm of a float exceeds 104
+    if isinstance(proj, GaussianFourierProjection):  # angles stay within 2^20, because |log t| ≤ 104 for floats
         require(proj.log, "time_proj", "Fourier features of t itself, not of its logarithm,")
         require(proj.weight.abs().max().item() < 1600, "time_proj", "a frequency of 1,600 or more")
     require(

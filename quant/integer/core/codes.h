@@ -1,4 +1,4 @@
-// From a float state to the codes of a layer's input: normalisation, activation, attention, rounding.
+// Compute the codes of a layer's input from a float state: normalisation, activation, attention, rounding.
 
 #pragma once
 
@@ -20,7 +20,7 @@ struct State {
   const float* pixel(int64_t index) const { return data + index * filled(channels); }
 };
 
-// Where codes go: an image with a border, `channels` bytes from pixel to pixel and `row` bytes from row to row.
+// Image of codes inside a border, with `channels` bytes from pixel to pixel and `row` bytes from row to row.
 struct CodeImage {
   uint8_t* data;
   int64_t channels, row;
@@ -37,7 +37,8 @@ struct Rounding {
       : inverse(all(q.inverse)), low(all(q.low)), high(all(q.high)),
         zero_point(all<Ints>(q.zero_point) - bits(all(kRound))), shift(q.shift) {}
 
-  // A digit of the codes of the first `count` ≤ 16 of x. The bounds are integers, so it may clamp before it rounds.
+  // Write a digit of the codes of the first `count` ≤ 16 values of x. The bounds are integers, so clamping before
+  // rounding gives the same codes.
   void operator()(Floats x, int64_t count, uint8_t* to) const {
     const Ints codes = bits(min(max(x * inverse, low), high) + all(kRound)) + zero_point;
     const Ints digits = codes >> shift & all<Ints>(255);
@@ -48,9 +49,9 @@ struct Rounding {
   }
 };
 
-// Sums of every channel and of its squares over the pixels, less its first pixel, added to `sum` and `square`: the
-// squares of numbers far from zero would leave nothing of their spread. Short sums in float, their total in double; four
-// chains hide the latency of an addition.
+// Add each channel's sum over the pixels to `sum`, and that of the squares to `square`, both after subtraction of its
+// first pixel, which avoids cancellation in the variance of values far from zero. Short sums are in float, their total
+// is in double; four independent chains hide the latency of additions.
 inline void channel_sums(State x, int64_t pixels, double* sum, double* square) {
   constexpr int64_t kBlock = 64, kChains = 4;
   for (int64_t channel = 0; channel < x.channels; channel += kLanes)
@@ -78,7 +79,7 @@ inline void channel_sums(State x, int64_t pixels, double* sum, double* square) {
     }
 }
 
-// Group normalisation of the concatenation [x, skip] as one slope and one shift a channel: slope · value + shift.
+// Compute the group normalisation of the concatenation [x, skip] as slope · value + shift per channel.
 inline void normalise(const Norm& norm, State x, State skip, int64_t pixels, float* slope, float* shift) {
   const int64_t channels = x.channels + skip.channels, size = channels / norm.groups;
   std::vector<double> sum(channels), square(channels);
@@ -113,7 +114,7 @@ inline Floats activated(Floats x) {
   return x;
 }
 
-// The codes of slope · x + shift through an activation, each pixel `factor` pixels from its neighbours.
+// Write the codes of activation(slope · x + shift), with pixels `factor` apart.
 template <Kind kKind>
 void encode_state(State x, const Line& line, const float* slope, const float* shift, Rounding rounding,
                   CodeImage codes) {
@@ -131,7 +132,7 @@ void encode_state(State x, const Line& line, const float* slope, const float* sh
   }
 }
 
-// Nearest neighbours: every pixel and row that was written, `factor` times.
+// Nearest-neighbour upsampling: repeat every written pixel and row `factor` times.
 inline void enlarge(CodeImage codes, int64_t height, int64_t width, int64_t factor) {
   for (int64_t y = 0; y < height; ++y) {
     for (int64_t x = 0; x < width; ++x)
@@ -142,8 +143,8 @@ inline void enlarge(CodeImage codes, int64_t height, int64_t width, int64_t fact
   }
 }
 
-// softmax(q·kᵀ / √size)·v for the tokens of one head. A row of `qkv` holds q, k and v of every head one after another.
-// kRows rows of the result are computed together.
+// softmax(q·kᵀ / √size)·v for the tokens of one head. A row of `qkv` is the concatenation [q, k, v], each with all
+// heads. kRows rows of the result are computed together.
 class Head {
  public:
   Head(int64_t tokens, int64_t width, int64_t size)
@@ -152,7 +153,7 @@ class Head {
     for (int64_t i = 0; i < kLanes; ++i) inside_[i] = columns_ - kLanes + i < tokens ? 1.0f : 0.0f;
   }
 
-  // `write(row, first, count, values)` takes a part of a row of the result.
+  // Pass each row of the result to `write(row, first, count, values)` in parts of up to 16 values.
   template <class Write>
   void operator()(const float* qkv, const Write& write) {
     const float factor = 1.0f / std::sqrt(static_cast<float>(size_));
@@ -181,7 +182,7 @@ class Head {
  private:
   static constexpr int64_t kRows = 4;
 
-  // sums[r] = Σ_i weights[r][i] · rows[i], of `count` rows that lie `stride` floats apart.
+  // sums[r] = Σ_i weights[r][i] · rows[i] over `count` rows, `stride` floats apart.
   static void weigh(Floats* sums, const float* const* weights, const float* rows, int64_t stride, int64_t count) {
     Floats s[kRows];
     const float* w[kRows];
@@ -196,20 +197,20 @@ class Head {
     UNROLLED for (int64_t r = 0; r < kRows; ++r) sums[r] = s[r];
   }
 
-  // `scores_` = e^(s − max s) for kRows rows s of q·kᵀ / √size, and one over the sum of each.
+  // Set `scores_` to e^(s − max s) for kRows rows s of q·kᵀ / √size, and `inverse` to 1 / sum of each row.
   void score(const float* const* q, float* inverse) {
     for (int64_t j = 0; j < columns_; j += kLanes) {
       Floats sums[kRows];
       weigh(sums, q, &keys_[j], columns_, size_);
       for (int64_t r = 0; r < kRows; ++r) store(sums[r], &scores_[r * columns_ + j]);
     }
-    // The rows go side by side, for each step of one waits for the last.
+    // The rows are interleaved, because each operation within a row depends on the previous one.
     const Floats inside = load(inside_);
     const int64_t last = columns_ - kLanes;
     Floats top[kRows], total[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
       float* s = &scores_[r * columns_];
-      Floats highest = load(s + last) + (inside - all(1.0f)) * all(1e30f);  // what lies past the tokens never is
+      Floats highest = load(s + last) + (inside - all(1.0f)) * all(1e30f);  // excludes padding
       for (int64_t j = 0; j < last; j += kLanes) highest = max(highest, load(s + j));
       top[r] = all(highest_lane(highest));
       total[r] = all(0.0f);
@@ -226,12 +227,12 @@ class Head {
   }
 
   int64_t tokens_, width_, row_, size_;
-  int64_t columns_, value_;                     // tokens and size, filled up to a multiple of 16
-  std::vector<float> keys_, values_, scores_;  // k transposed (size, columns), v (tokens, value), scores (kRows, columns)
-  float inside_[kLanes];                        // 1 for the tokens among the last columns, 0 past them
+  int64_t columns_, value_;                     // tokens and size, padded to a multiple of 16
+  std::vector<float> keys_, values_, scores_;  // kᵀ (size, columns), v (tokens, value), scores (kRows, columns)
+  float inside_[kLanes];                        // 1 for tokens, 0 for padding, in the last columns
 };
 
-// The codes of a line's source and skip.
+// Write the codes of a line's source and skip.
 inline void encode_line(const Line& line, const Norm* norms, const Quantizer& quantizer, const float* memory,
                         CodeImage codes) {
   const Rounding rounding(quantizer);

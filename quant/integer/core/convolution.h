@@ -1,4 +1,4 @@
-// A convolution of codes with packed weights: sums of products, exact in 32 bits, become floats at the end.
+// Convolution of codes with packed weights: products are summed exactly in 32 bits, then converted to float.
 
 #pragma once
 
@@ -12,7 +12,7 @@ namespace {
 
 class Convolution {
  public:
-  // Of an image of rows × columns pixels without its border.
+  // The image has rows × columns pixels without its border.
   Convolution(const Layer& layer, int64_t rows, int64_t columns)
       : layer_(layer), channels_((layer.in_channels + 3) / 4 * 4), height_(layer.top + rows + layer.bottom),
         width_(layer.left + columns + layer.right),
@@ -24,16 +24,16 @@ class Convolution {
           fours_.push_back((y * layer.dilation_y * width_ + x * layer.dilation_x) * channels_ + channel);
   }
 
-  // Of its codes, the border included.
+  // Size of the codes, including the border.
   int64_t bytes() const { return height_ * width_ * channels_; }
 
-  // Where its codes go. Around the image lie codes of zero, so that its border needs no special case.
+  // Return the image to write codes into. Its border is filled with the code of 0.0 and needs no special case later.
   CodeImage prepare(uint8_t* buffer, uint8_t zero_point) const {
     const int64_t inside = (width_ - layer_.left - layer_.right) * channels_;
     const int64_t before = (layer_.top * width_ + layer_.left) * channels_;
     const int64_t between = (layer_.right + layer_.left) * channels_;
     uint8_t* row = buffer + before;
-    std::memset(buffer, zero_point, layer_.in_channels % 4 ? bytes() : before);  // what fills a pixel up to four, too
+    std::memset(buffer, zero_point, layer_.in_channels % 4 ? bytes() : before);  // also the padding of channels
     for (int64_t y = layer_.top; y < height_ - layer_.bottom; ++y, row += inside + between) {
       uint8_t *end = row + inside, *last = buffer + bytes();
       std::memset(end, zero_point, y + 1 < height_ - layer_.bottom ? between : last - end);
@@ -41,7 +41,7 @@ class Convolution {
     return {buffer + before, channels_, width_ * channels_};
   }
 
-  // codes → out (pixels, out_channels), plus `residual` unless it is null.
+  // Compute out (pixels, out_channels) from codes, and add `residual` unless it is null.
   void operator()(const uint8_t* codes, const Moment& moment, const float* residual, float* out) const {
     if (Dot::capacity(layer_.largest_product) >= 4) {
       run<Dot>(codes, moment, residual, out);
@@ -54,7 +54,7 @@ class Convolution {
   struct Rows {
     int64_t count, length;
   };
-  // Tiles of one size, side by side: those from pixel `x` on, `count` in each row.
+  // Adjacent tiles of one size: `count` in each row, starting at pixel `x`.
   struct Tiles {
     int64_t block, x, count;
     Rows rows;
@@ -63,7 +63,7 @@ class Convolution {
 
   template <class Kernel>
   void run(const uint8_t* codes, const Moment& moment, const float* residual, float* out) const {
-    // Where rows do not matter they are one long one.
+    // 1×1 convolutions without stride and border treat the image as one long row.
     const bool joined = layer_.kernel_height * layer_.kernel_width * layer_.stride_y * layer_.stride_x == 1 &&
                         height_ * width_ == out_height_ * out_width_;
     const Rows rows = joined ? Rows{1, out_height_ * out_width_} : Rows{out_height_, out_width_};
@@ -74,7 +74,7 @@ class Convolution {
     for (; block < blocks; ++block) run<Kernel, 1>(codes, block, rows, moment, residual, out);
   }
 
-  // In as few tiles as a row allows, of two sizes that differ by a pixel.
+  // Split each row into as few tiles as possible, of two sizes that differ by one pixel.
   template <class Kernel, int kBlocks>
   void run(const uint8_t* codes, int64_t block, Rows rows, const Moment& moment, const float* residual,
            float* out) const {
@@ -90,7 +90,7 @@ class Convolution {
     return {&Convolution::tiles<Kernel, kBlocks, kIndex + 1>...};
   }
 
-  // A tile is kPixels neighbours of a row times kBlocks blocks of 16 output channels, whose sums stay in registers.
+  // A tile is kPixels adjacent pixels of a row × kBlocks blocks of 16 output channels. Its sums stay in registers.
   template <class Kernel, int kBlocks, int kPixels>
   __attribute__((noinline)) void tiles(const uint8_t* codes, Tiles tiles, const Moment& moment, const float* residual,
                                        float* out) const {
@@ -137,9 +137,9 @@ class Convolution {
   }
 
   const Layer& layer_;
-  int64_t channels_, height_, width_;  // of its codes: channels filled up to a multiple of 4, the border included
+  int64_t channels_, height_, width_;  // of the codes: channels padded to a multiple of 4, border included
   int64_t out_height_, out_width_;
-  std::vector<int32_t> fours_;  // where the fours of codes lie that a pixel's products are made of, from its first
+  std::vector<int32_t> fours_;  // offsets of all groups of four codes that contribute to an output pixel
 };
 
 }  // namespace

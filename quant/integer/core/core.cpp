@@ -1,10 +1,10 @@
-// A low-bit UNet on integers: a program of layers, run from start to end for one image at a time.
+// Integer inference of a low-bit UNet: a program of lines, run from start to end for one image at a time.
 //
-// Every line turns a float state into codes and convolves the codes with packed weights into a float state. A thread
-// takes an image through the whole program, so its states stay in the cache of one core, and no thread waits for
-// another. The bytes of an image depend on nothing else: not on the batch, the threads or the instruction set.
+// Each line converts a float state to codes and convolves them with packed weights, which gives the next float state.
+// One thread runs the whole program for an image, so its states stay in the cache of one core, and threads do not wait
+// for each other. The bytes of an image do not depend on the batch, the number of threads or the instruction set.
 //
-// Plain arrays in, plain arrays out: nothing here knows PyTorch, Python or diffusers.
+// Inputs and outputs are plain arrays: the core does not depend on PyTorch, Python or diffusers.
 
 #include <atomic>
 #include <chrono>
@@ -73,7 +73,7 @@ void run(const Program& program, const Convolutions& convolutions, const Moment&
   }
 }
 
-// A thread's memory, kept from one call to the next: fresh pages cost as much as a tenth of the work.
+// Memory of a thread, reused by the next call: allocating new pages would take up to a tenth of the run time.
 class Scratch {
  public:
   float* states(int64_t count) { return grow(states_, count * sizeof(float)); }
@@ -116,19 +116,19 @@ struct Job {
   std::atomic<bool> failed{false};
   std::mutex mutex{};
 
-  // float (channels, pixels) → a state; whether all of it is finite.
+  // Copy an image, float (channels, pixels), into a state. Return whether all of its values are finite.
   static bool enter(const float* image, int64_t channels, int64_t pixels, float* state) {
     float zero = 0.0f;
     std::fill_n(state, pixels * filled(channels), 0.0f);
     for (int64_t channel = 0; channel < channels; ++channel)
       for (int64_t pixel = 0; pixel < pixels; ++pixel, ++image) {
-        zero += *image * 0.0f;  // what is no number, or infinite, stays one that is none
+        zero += *image * 0.0f;  // becomes NaN if a value is NaN or infinite
         state[pixel * filled(channels) + channel] = *image;
       }
     return zero == 0.0f;
   }
 
-  // The images that are left, one by one. What is not a number makes an image that is none.
+  // Process the remaining images one by one. If an image has a value that is not finite, its result is NaN.
   void work() {
     float* memory = scratch.states(program->memory);
     uint8_t* codes = scratch.codes(widest(steps));
@@ -154,7 +154,7 @@ struct Job {
   }
 };
 
-// Whether there was memory enough for `work`.
+// Run `work`. Return false if memory is insufficient.
 template <class Work>
 bool done(Work work) {
   try {
@@ -165,10 +165,10 @@ bool done(Work work) {
   }
 }
 
-// sin and cos of x, |x| ≤ 2^20, within 1e-15: of what is left of x after multiples of π/2, by their Taylor series.
+// sin and cos of x, |x| ≤ 2^20, within 1e-15: reduce x by a multiple of π/2, then use the Taylor series.
 void sine_cosine(double x, double* sine, double* cosine) {
   const double n = std::nearbyint(x * 0.63661977236758134308);
-  // π/2 in three parts, the first two of 33 bits, so that n times them is exact.
+  // π/2 is split into three parts, the first two of 33 bits, so that their products with n are exact.
   const double r = ((x - n * 1.57079632673412561417) - n * 6.07710050630396597660e-11) - n * 2.02226624879595063154e-21;
   double s = 1.0, c = 1.0;
   for (int k = 20; k >= 2; k -= 2) {
@@ -191,7 +191,8 @@ double exponential(double x) {
   return std::ldexp(e, static_cast<int>(n));
 }
 
-// ln x for x > 0, within 1e-15: of its exponent, and of m in [√½, √2) by the series of 2 · artanh((m − 1) / (m + 1)).
+// ln x for x > 0, within 1e-15: x = m · 2^exponent with m in [√½, √2), and ln m = 2 · artanh((m − 1) / (m + 1)) by its
+// series.
 double logarithm(double x) {
   int exponent;
   double m = std::frexp(x, &exponent);
@@ -209,24 +210,24 @@ double logarithm(double x) {
 
 API int32_t runs_here() { return processor_has_it(); }
 
-// Of what sources this was built: setup.py and quant/integer/core.py work it out alike.
+// Return the SHA-256 of the sources that this was built from, as in setup.py and quant/integer/core.py.
 API const char* sources() { return SOURCES; }
 
-// What a code is less than its integer in the products of this instruction set; a moment's shifts contain it.
+// Return the offset that is subtracted from a code before multiplication; the shifts of a moment include it.
 API int32_t code_offset() { return kCodeOffset; }
 
-// The codes, or their digits, uint8 (height · factor, width · factor, channels), that a line makes of its states in
-// `memory`.
+// Write the codes, or a digit of them, of a line's states in `memory` to `codes`, uint8 (height · factor,
+// width · factor, channels).
 API void encode(const Line* line, const Norm* norms, const Quantizer* quantizer, const float* memory, uint8_t* codes) {
   const int64_t channels = line->kind == kAttention ? line->source_channels / 3 : line->source_channels;
   const int64_t pixel = channels + line->skip_channels;
   encode_line(*line, norms, *quantizer, memory, {codes, pixel, line->width * line->factor * pixel});
 }
 
-// The target that a line without a layer makes of its source, both in `memory`.
+// Run a line without a layer on the states in `memory`.
 API void change(const Line* line, const Norm* norms, float* memory) { change_state(*line, norms, memory); }
 
-// Run a program on the states in `memory`; whether there was memory enough.
+// Run a program on the states in `memory`. Return false if memory is insufficient.
 API int32_t execute(const Program* program, const Moment* moment, float* memory) {
   return done([&] {
     const Convolutions steps = convolutions(*program);
@@ -234,16 +235,16 @@ API int32_t execute(const Program* program, const Moment* moment, float* memory)
   });
 }
 
-// sample float (count, channels, pixels) → result, the same, each image at a moment of its own.
+// Run a program on each image of `sample` at its own moment. `sample` and `result` are float (count, channels, pixels).
 //
-// `parallel` runs a task in that many threads at once, as GCC's OpenMP does (GOMP_parallel); null: the caller's alone.
-// seconds: null, or two numbers that the threads' time for codes and for their products is added to.
-// Whether there was memory enough.
+// `parallel` runs a task in several threads, as GOMP_parallel of GCC's OpenMP does; null: in the calling thread only.
+// `seconds`: null, or two numbers to which the threads' time for codes and for products is added.
+// Return false if memory is insufficient.
 API int32_t denoise(const Program* program, const Moment* const* moments, const float* sample, float* result,
                     int64_t count, void (*parallel)(void (*)(void*), void*, unsigned, unsigned), unsigned threads,
                     double* seconds) {
   Job job{program, convolutions(*program), moments, sample, result, count, seconds};
-  const auto task = [](void* data) {  // no exception leaves a thread
+  const auto task = [](void* data) {  // an exception must not leave a thread
     Job& job = *static_cast<Job*>(data);
     job.failed = job.failed | !done([&job] { job.work(); });
   };
@@ -255,11 +256,12 @@ API int32_t denoise(const Program* program, const Moment* const* moments, const 
   return !job.failed;
 }
 
-// The sinusoids of a timestep (Vaswani et al., arXiv 1706.03762, section 3.5; DDPM's order), float (2 · half,).
+// Write the sinusoidal embedding of a timestep (Vaswani et al., arXiv 1706.03762, section 3.5; DDPM's order), float
+// (2 · half,).
 API void sinusoids(float t, int64_t half, float shift, int64_t cosine_first, float* to) {
   float *sines = to + (cosine_first ? half : 0), *cosines = to + (cosine_first ? 0 : half);
   for (int64_t i = 0; i < half; ++i) {
-    // The angle is a float, as in the networks that were trained with it.
+    // The angle is rounded to float, as in training.
     const float exponent = -9.21034037f * static_cast<float>(i) / (static_cast<float>(half) - shift);
     const float angle = t * static_cast<float>(exponential(exponent));
     double sine, cosine;
@@ -269,12 +271,12 @@ API void sinusoids(float t, int64_t half, float shift, int64_t cosine_first, flo
   }
 }
 
-// The random Fourier features of the logarithm of t > 0 (NCSN++, arXiv 2011.13456), float (2 · half,).
+// Write the random Fourier features of log t, t > 0 (NCSN++, arXiv 2011.13456), float (2 · half,).
 API void fourier(float t, int64_t half, const float* frequencies, int64_t cosine_first, float* to) {
   float *sines = to + (cosine_first ? half : 0), *cosines = to + (cosine_first ? 0 : half);
   const float x = static_cast<float>(logarithm(t));
   for (int64_t i = 0; i < half; ++i) {
-    // The angle is a float, as in the networks that were trained with it.
+    // The angle is rounded to float, as in training.
     const float angle = x * frequencies[i] * 2.0f * 3.14159265f;
     double sine, cosine;
     sine_cosine(angle, &sine, &cosine);

@@ -1,21 +1,21 @@
-// Sixteen floats at once, with the same bits on every processor.
+// Vectors of sixteen floats, with the same bits on every processor.
 //
-// Every operation is one that IEEE 754 rounds correctly, in the order in which it is written: with -ffp-contract=off
-// the compiler fuses nothing, and no library's exponential has a say.
+// All operations are correctly rounded by IEEE 754 and run in source order: with -ffp-contract=off the compiler fuses
+// none of them, and the exponential is implemented here, because libraries differ.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// GCC keeps an array in registers only where it sees every index before it looks for such arrays.
+// GCC keeps an array in registers only if all of its indices are constants early, that is, if loops are unrolled.
 #define UNROLLED _Pragma("GCC unroll 16")
 
 namespace {
 
 constexpr int64_t kLanes = 16;
 
-// Two vectors that act as one, where sixteen numbers need two or four registers.
+// Two vectors used as one, if sixteen numbers need two or four registers.
 template <class Half>
 struct Pair {
   Half low, high;
@@ -74,14 +74,15 @@ inline auto to_floats(Pair<Half> x) -> Pair<decltype(to_floats(x.low))> {
   return {to_floats(x.low), to_floats(x.high)};
 }
 
-// The bits of x as an integer.
+// Reinterpret the bits of x as an integer.
 inline NativeInts bits(NativeFloats x) { return (NativeInts)x; }
 template <class Half>
 inline auto bits(Pair<Half> x) -> Pair<decltype(bits(x.low))> {
   return {bits(x.low), bits(x.high)};
 }
 
-// x · 2^n for the integer n = `power` − 1.5 · 2^23: by n's own bits, which lie lowest in those of `power`.
+// x · 2^n for the integer n = `power` − 1.5 · 2^23. The lowest bits of `power` are those of n, and are added to the
+// exponent bits of x.
 inline NativeFloats scale(NativeFloats x, NativeFloats power) {
   return (NativeFloats)((NativeInts)x + ((NativeInts)power << 23));
 }
@@ -144,7 +145,7 @@ inline float highest_lane(Pair<Half> x) {
   return highest_lane(max(x.low, x.high));
 }
 
-// Lane i and lane i + n/2 first, then the n/2 sums in the same way.
+// Add lanes i and i + n/2, then sum the n/2 results in the same way.
 inline float sum_of_lanes(NativeFloats x) {
   float lanes[sizeof x / sizeof(float)];
   store(x, lanes);
@@ -157,17 +158,17 @@ inline float sum_of_lanes(Pair<Half> x) {
   return sum_of_lanes(x.low + x.high);
 }
 
-// |x| < 2^22 plus this is rounded to an integer, halves to even; the lowest bits of the sum are the integer's.
+// Adding this to |x| < 2^22 rounds x to an integer, half to even. The lowest bits of the sum are those of the integer.
 constexpr float kRound = 12582912.0f;  // 1.5 · 2^23
 
-// e^−x for x in [−87, 87], beyond which it stays: 2^n · e^r with |r| ≤ ln2 / 2, and the polynomial of Cephes for e^r.
+// e^−x, with x clamped to [−87, 87]: 2^n · e^r with |r| ≤ ln2 / 2, and the polynomial of Cephes for e^r.
 inline Floats exp_of_negative(Floats x) {
   x = min(max(x, all(-87.0f)), all(87.0f));
   const Floats power = x * all(-1.44269504f) + all(kRound);
   const Floats n = power - all(kRound);
   const Floats minus_r = (x + n * all(0.693359375f)) + n * all(-2.12194440e-4f);
   const Floats rr = minus_r * minus_r;
-  // By Estrin's scheme: pairs first, for a shorter chain of operations that wait for one another.
+  // Estrin's scheme: pairs are combined first, which shortens the chain of dependent operations.
   const Floats highest = all(1.3981999507e-3f) - minus_r * all(1.9875691500e-4f);
   const Floats middle = all(4.1665795894e-2f) - minus_r * all(8.3334519073e-3f);
   const Floats lowest = all(5.0000001201e-1f) - minus_r * all(1.6666665459e-1f);
@@ -179,8 +180,8 @@ inline Floats silu(Floats x) { return x / (all(1.0f) + exp_of_negative(x)); }
 
 inline Floats relu(Floats x) { return max(x, all(0.0f)); }
 
-// x · Φ(x), with the normal distribution Φ, within 2e-7: what it lacks to relu(x) is a · Φ(−a) for a = |x|. There
-// Φ(−a) = e^(−a²/2) · p(1 / (1 + 0.4 · a)), a polynomial that was fitted for this project.
+// x · Φ(x), with the normal distribution Φ, within 2e-7: relu(x) − a · Φ(−a) for a = |x|, with
+// Φ(−a) = e^(−a²/2) · p(1 / (1 + 0.4 · a)) and a polynomial p that was fitted for this project.
 inline Floats gelu(Floats x) {
   const Floats a = max(x, all(0.0f) - x);
   const Floats t = all(1.0f) / (all(1.0f) + a * all(0.4f));
@@ -195,7 +196,7 @@ inline Floats gelu(Floats x) {
   return relu(x) - a * ((p * t) * exp_of_negative(a * a * all(0.5f)));
 }
 
-// x · tanh(ln(1 + e^x)) = x · n / (n + 2) for n = e^x · (e^x + 2); beyond 30 that is x.
+// x · tanh(ln(1 + e^x)) = x · n / (n + 2) for n = e^x · (e^x + 2); for x > 30 that is x.
 inline Floats mish(Floats x) {
   const Floats e = exp_of_negative(max(all(0.0f) - x, all(-30.0f)));
   const Floats n = e * (e + all(2.0f));

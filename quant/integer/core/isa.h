@@ -1,9 +1,9 @@
-// All that differs between instruction sets: the width of a vector, the store of sixteen codes, the product of codes.
+// All code that depends on the instruction set: the vector width, storing sixteen codes, multiplying codes.
 //
 // A kernel multiplies four codes of a pixel by 16 × 4 weights and adds the products to the sums of 16 channels, which
-// `total` turns into 32 bits. Sums may be narrower: after `capacity` additions they are emptied.
+// `total` converts to 32 bits. Narrower sums are converted after `capacity` additions, before they can overflow.
 //
-// Who adds an instruction set adds a branch here, its flags to setup.py, and its name to quant/integer/core.py.
+// To add an instruction set, add a branch here, its flags to setup.py, and its name to quant/integer/core.py.
 
 #pragma once
 
@@ -34,7 +34,7 @@ constexpr int kVectorBytes = 16;
 typedef float NativeFloats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t NativeInts __attribute__((vector_size(kVectorBytes)));
 
-// GCC finds these instructions by itself, but not where b is a constant.
+// GCC generates these instructions from the generic code, except if b is a constant.
 #if defined(ISA_AVX512VNNI)
 inline NativeFloats min(NativeFloats a, NativeFloats b) { return _mm512_min_ps(a, b); }
 inline NativeFloats max(NativeFloats a, NativeFloats b) { return _mm512_max_ps(a, b); }
@@ -52,7 +52,7 @@ inline NativeFloats max(NativeFloats a, NativeFloats b) { return a > b ? a : b; 
 
 namespace {
 
-// A kernel's sums of 32 bits hold all that a layer adds.
+// Base of kernels with 32-bit sums, which no layer can overflow.
 struct Unbounded {
   using Sums = Ints;
   static int64_t capacity(int64_t) { return INT64_MAX; }
@@ -80,7 +80,7 @@ inline void store_bytes(Ints x, uint8_t* to) {
 }
 
 struct Dot : Unbounded {
-  static constexpr int kPixels = 14, kBlocks = 2;  // in 28 of 32 registers
+  static constexpr int kPixels = 14, kBlocks = 2;  // sums take 28 of 32 registers
   using Codes = __m512i;
   using Weights = __m512i;
   static Codes codes(const uint8_t* from) { return _mm512_set1_epi32(four(from)); }
@@ -96,7 +96,7 @@ using WideDot = Dot;
 constexpr int32_t kCodeOffset = 0;
 
 inline bool processor_has_it() {
-#if defined(ISA_AVXVNNI)  // which not every compiler knows by name
+#if defined(ISA_AVXVNNI)  // not every compiler knows its name
   unsigned a = 0, b, c, d;
   return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 4);
 #else
@@ -110,7 +110,7 @@ inline void store_bytes(Ints x, uint8_t* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
 }
 
-struct Half : Unbounded {  // what the kernels of 256 bits share
+struct Half : Unbounded {  // common to the kernels of 256 bits
   using Codes = __m256i;
   struct Weights {
     __m256i low, high;
@@ -125,7 +125,7 @@ struct Half : Unbounded {  // what the kernels of 256 bits share
 #if defined(ISA_AVXVNNI)
 
 struct Dot : Half {
-  static constexpr int kPixels = 6, kBlocks = 1;  // in 12 of 16 registers
+  static constexpr int kPixels = 6, kBlocks = 1;  // sums take 12 of 16 registers
   static void add(Sums& sums, Codes codes, Weights weights) {
     sums.low = (NativeInts)_mm256_dpbusd_epi32((__m256i)sums.low, codes, weights.low);
     sums.high = (NativeInts)_mm256_dpbusd_epi32((__m256i)sums.high, codes, weights.high);
@@ -135,11 +135,12 @@ using WideDot = Dot;
 
 #else
 
-// `maddubs` adds two products in 16 bits, where two of 8 by 8 bits do not fit. The sums of few bits stay there.
+// `maddubs` adds two products in 16 bits, which products of 8 by 8 bits can overflow. Of fewer bits, several are summed
+// in 16 bits.
 struct Dot : Half {
   typedef int16_t Shorts __attribute__((vector_size(32)));
   using Sums = Pair<Shorts>;
-  static constexpr int kPixels = 6, kBlocks = 1;  // in 8 of 16 registers; the products need some as well
+  static constexpr int kPixels = 6, kBlocks = 1;  // sums take 12 of 16 registers; the products need some as well
   static int64_t capacity(int64_t product) { return INT16_MAX / (2 * product); }
   static void add(Sums& sums, Codes codes, Weights weights) {
     sums.low += (Shorts)_mm256_maddubs_epi16(codes, weights.low);
@@ -152,7 +153,7 @@ struct Dot : Half {
   }
 };
 
-// Codes and weights of 8 bits are widened to 16, the even ones and the odd ones of each four.
+// Codes and weights of 8 bits are widened to 16 bits, separately for the even and the odd ones of each four.
 struct WideDot : Unbounded {
   static constexpr int kPixels = 4, kBlocks = 1;
   struct Codes {
@@ -182,14 +183,14 @@ struct WideDot : Unbounded {
 
 #elif defined(ISA_NEON)
 
-// `sdot` takes signed codes: 128 is taken off them, and comes back with the zero point.
+// `sdot` takes signed codes: 128 is subtracted from them, and also from the zero point.
 constexpr int32_t kCodeOffset = 128;
 
 inline bool processor_has_it() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
-  return true;  // every ARM processor of Apple's has it
+  return true;  // all ARM processors of Apple have it
 #endif
 }
 
@@ -200,7 +201,7 @@ inline void store_bytes(Ints x, uint8_t* to) {
 }
 
 struct Dot : Unbounded {
-  static constexpr int kPixels = 6, kBlocks = 1;  // in 24 of 32 registers
+  static constexpr int kPixels = 6, kBlocks = 1;  // sums take 24 of 32 registers
   using Codes = int8x16_t;
   struct Weights {
     int8x16_t channels[4];

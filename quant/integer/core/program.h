@@ -1,32 +1,31 @@
-// What a program is made of; quant/integer/core.py has the same structures.
+// Structures of a program; those of quant/integer/core.py must match.
 
 #pragma once
 
 #include <cstdint>
 
-// A state through a layer: target = layer(codes(source, skip)) + residual. Without a layer (−1) floats stay floats:
-// target = (resampled(source) − centre) / divisor. States are offsets into a thread's memory, in floats; −1 is nothing. A
-// state is pixels × channels, the channels filled up with zeros to a multiple of 16.
+// Instruction of a program: target = layer(codes(source, skip)) + residual. Without a layer (−1), values stay float:
+// target = (resampled(source) − centre) / divisor. States are offsets into a thread's memory, in floats; −1 means none.
+// A state is pixels × channels, with the channels zero-padded to a multiple of 16.
 struct Line {
   int64_t kind, layer, norm, source, source_channels, skip, skip_channels, residual, target, height, width, factor,
       heads, resampling;
   double centre, divisor;
 };
 
-// What a line does with the numbers of its source first; all but attention may be preceded by a normalisation
-// (`Line::norm`).
+// First operation of a line on its source. All but attention may follow a normalisation (`Line::norm`).
 enum Kind : int64_t { kQuantize, kSilu, kAttention, kGelu, kRelu, kMish };
 
-// How a line without a layer resamples, by 2: not at all, the mean of 2 × 2 pixels, nearest neighbours, or the filter
-// (1, 3, 3, 1) / 8 of NCSN++ (arXiv 2011.13456), beyond the border either zeros or the image in a mirror.
+// Resampling, by 2, of a line without a layer: none, the mean of 2 × 2 pixels, nearest neighbour, or the filter
+// (1, 3, 3, 1) / 8 of NCSN++ (arXiv 2011.13456) with zero padding or with reflection padding.
 enum Resampling : int64_t { kKeep, kPool, kEnlarge, kFilterDown, kFilterUp, kMirrorDown, kMirrorUp };
 
-// Weights lie as (channels / 16, kernel height, kernel width, input channels / 4, 16, 4), filled up with zeros.
+// Weights are (channels / 16, kernel height, kernel width, input channels / 4, 16, 4), padded with zeros.
 struct Layer {
   int64_t in_channels, out_channels, kernel_height, kernel_width, stride_y, stride_x, dilation_y, dilation_x, top, left,
       bottom, right;
-  int64_t largest_product;  // of a code and a weight
-  int64_t first_channel;    // where its values begin in a moment's
+  int64_t largest_product;  // of an input code and a weight code
+  int64_t first_channel;    // index of its first value in the arrays of a moment
   const int8_t* weight;
 };
 
@@ -36,18 +35,18 @@ struct Norm {
   const float *weight, *bias;
 };
 
-// Codes are clamp(round(x / step size) + zero_point, 0, largest code): inverse is one over the step size, low and high
-// are the range less the zero point. A line takes the eight bits of a code from bit `shift` on: codes of 16 bits are two
-// digits of 8, each with a line of its own.
+// Codes are clamp(round(x / step size) + zero_point, 0, largest code): inverse is 1 / step size, low and high are the
+// bounds minus the zero point. A line uses the eight bits of a code from bit `shift` on: codes of 16 bits are two
+// digits of 8 bits, each with its own line.
 struct Quantizer {
   float inverse, low, high;
   int32_t zero_point, shift;
 
-  // Of a code, which the zero point is too.
+  // Return the digit of a code or of the zero point.
   uint8_t digit(int32_t code) const { return static_cast<uint8_t>(code >> shift); }
 };
 
-// What the lines need to know of a timestep. A sum of products becomes (sum − shift) · slope + offset.
+// Parameters of the lines that depend on the timestep. A sum of products becomes (sum − shift) · slope + offset.
 struct Moment {
   const Quantizer* quantizers;
   const int32_t* shifts;
@@ -60,5 +59,5 @@ struct Program {
   int64_t num_lines;
   const Line* lines;
   const Layer* layers;
-  int64_t memory;  // floats that a thread needs
+  int64_t memory;  // number of floats that a thread needs
 };

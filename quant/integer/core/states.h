@@ -1,4 +1,4 @@
-// From a float state to another, for what lies between two layers: resampling, centring, division.
+// Operations between layers that compute one float state from another: resampling, centring, division.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// What a pixel of a resampled row or column is made of: `count` neighbours from `first` on, with their weights.
+// Filter taps of a pixel in a resampled row or column: `count` neighbours, starting at `first`, and their weights.
 struct Taps {
   int64_t first, count;
   float weights[4];
@@ -36,7 +36,7 @@ inline int64_t resampled_size(int64_t resampling, int64_t size) {
   return size;
 }
 
-// Which of `size` pixels counts as number `index`; −1 is none of them.
+// Return which of `size` pixels is used for `index`, by reflection padding; −1 means zero padding.
 inline int64_t inside(int64_t resampling, int64_t index, int64_t size) {
   if (resampling == kMirrorDown || resampling == kMirrorUp) {
     if (index < 0) index = -index;
@@ -45,7 +45,7 @@ inline int64_t inside(int64_t resampling, int64_t index, int64_t size) {
   return index < size ? std::max<int64_t>(index, -1) : -1;
 }
 
-// Products of the weights are exact, sums begin with the pixel above and to the left.
+// Products of the weights are exact, and sums start with the top left pixel: the bytes are the same everywhere.
 template <Kind kKind>
 void resample(const Line& line, const float* slope, const float* shift, const float* source, float* target) {
   const State x{source, line.source_channels};
@@ -78,7 +78,7 @@ void resample(const Line& line, const float* slope, const float* shift, const fl
   }
 }
 
-// A line without a layer.
+// Run a line without a layer.
 inline void change_state(const Line& line, const Norm* norms, float* memory) {
   const State x{memory + line.source, line.source_channels};
   std::vector<float> slope(x.channels + kLanes, 1.0f), shift(x.channels + kLanes, 0.0f);
