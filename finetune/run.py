@@ -45,10 +45,10 @@ def run(config: RunConfig) -> Path:
     scores, rows = score_models(config, models_of(config, teacher, made), ruler)
     write_json(config.output / "metrics.json", [dataclasses.asdict(score) for score in scores])
     if processes.is_main():
+        print_scores(scores, ruler.floor)
         write_pages(config, teacher, made, scores, rows, ruler)
         state.tracker.picture("grid", (config.output / "grid.png").read_bytes(), config.distill.num_updates)
         state.finish()
-        print_scores(scores, ruler.floor)
     return config.output
 
 

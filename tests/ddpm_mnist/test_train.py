@@ -59,6 +59,7 @@ def without_seconds(path):
     return [line.split('"seconds"')[0] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert train_in_a_process(tmp_path / "whole") == 0
     assert train_in_a_process(tmp_path / "killed", killed_at=4) == -signal.SIGKILL

@@ -225,6 +225,7 @@ distill_student(RunConfig(
 """
 
 
+@pytest.mark.slow
 def test_a_killed_distillation_goes_on_as_if_nothing_had_happened(unet, tmp_path):
     from ddpm_mnist.unet import save_teacher
 

@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 900  # seconds after which a process that hangs is ended
 
 
