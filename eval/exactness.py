@@ -24,7 +24,7 @@ from eval.models import load_model
 from eval.sample import DrawConfig
 from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.functional import round_zero_point
-from quant.integer import core
+from quant.integer import binding
 from quant.integer.layers import NORMS, filled
 from quant.integer.lines import Line
 from quant.integer.model import Moment
@@ -51,11 +51,11 @@ def line_codes(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor) -> T
     If codes have two digits, `line` is that of the low digits; the high digits are computed as well.
     """
     count, channels, height, width = x.shape
-    placed = core.Line(
+    placed = binding.LineStruct(
         line.kind, line.layer, line.norm, 0, channels, -1, 0, -1, -1, height, width, factor=1, heads=line.heads
     )
     states = _states(x)
-    digits = np.empty((count, height, width, channels // (3 if line.kind == core.ATTENTION else 1)), np.uint8)
+    digits = np.empty((count, height, width, channels // (3 if line.kind == binding.ATTENTION else 1)), np.uint8)
     codes, layer = np.zeros(digits.shape, np.int32), integer.layers.numbered[line.layer]
     for of_digit in (layer,) if layer.high is None else (layer, layer.high):
         quantizer = moment.quantizers[of_digit.number :].ctypes.data
@@ -69,7 +69,7 @@ def line_state(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor, shap
     """Return the state of `shape` that the core computes from x (N, C, H, W) in a program line without a layer."""
     _, channels, height, width = x.shape
     states, size = _states(x), filled(shape[0]) * shape[1] * shape[2]
-    placed = core.Line(
+    placed = binding.LineStruct(
         line.kind, -1, line.norm, 0, channels, -1, 0, -1, states[0].size, height, width, 1, 0,
         line.resampling, line.centre, line.divisor,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
                 source = entering[f"norm {line.norm}"].reshape(len(x), -1, height, width)
             elif line.source in states and line.skip < 0:
                 source = states[line.source]
-            elif line.kind == core.QUANTIZE:
+            elif line.kind == binding.QUANTIZE:
                 source = _as_image(entering[name], height * line.factor, width * line.factor)
                 source = source[..., :: line.factor, :: line.factor]
             else:

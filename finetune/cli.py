@@ -37,7 +37,7 @@ COMMANDS = {
     "grid": Command("eval.grid", "draw_models", "GridConfig", "Draw a row of images per model, from the same noise"),
     "export": Command("eval.export", "export", "ExportConfig", "Write a student in its real bits, or a model as ONNX"),
     "demo": Command("eval.demo", "serve", "DemoConfig", "A page to play with: digits of every bit-width, step by step"),
-    "bench": Command("eval.bench", "benchmark", "BenchConfig", "Time every runtime side by side"),
+    "bench": Command("eval.bench.benchmark", "benchmark", "BenchConfig", "Time every runtime side by side"),
     "teacher": Command("ddpm_mnist.train", "train_teacher", "TeacherConfig", "Train a teacher on images"),
     "features": Command(
         "eval.train_features", "train_features", "FeaturesConfig", "Train a ruler: the feature network of the scores"

@@ -24,7 +24,7 @@ from finetune.distill import distill
 from finetune.trajectories import Trajectories, make_trajectories
 from quant import QuantizedUNet, calibrate, freeze, quantize
 from quant.context import plain_torch
-from quant.integer.core import choose
+from quant.integer.binding import choose
 from quant.integer.program import refuse_unsupported
 from quant.structure import check_structure
 

@@ -9,7 +9,7 @@ from ddpm_mnist.sampling.sampler import choose_conditions
 from ddpm_mnist.sampling.solver import Solver
 from eval.models import Model
 from finetune.config import RunConfig
-from quant.integer.core import choose
+from quant.integer.binding import choose
 
 # All costs are in teacher evaluations on one sample. Training on one student evaluation: the forward pass is 1, the
 # backward pass 2, and a student's update costs 1.5 times a teacher's (`finetune.step_cost`).

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from ddpm_mnist.scheduler import make_noise_schedule
-from eval.memory import peak_memory
+from eval.bench.memory import peak_memory
 from eval.models import load_model
 from finetune.distill import DistillConfig, distillation_loss, parameter_groups
 from finetune.make import calibration_states

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.context import plain_torch
-from quant.convert import QuantizedUNet, require_student
 from quant.quantizers import ActivationQuantizer, WeightQuantizer, as_number
 from quant.reconstruct import reconstruct
+from quant.student import QuantizedUNet, require_student
 
 # Activations of each layer that the range search uses, the two extremes and a random sample: per denoising step, or in
 # total if all steps share one range.

@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from quant.context import plain_torch
-from quant.convert import QuantizedUNet
 from quant.layers import QuantLayer
+from quant.student import QuantizedUNet
 
 OPSET = 21
 

@@ -11,8 +11,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from quant.context import plain_torch
-from quant.convert import QuantizedUNet
 from quant.layers import QuantLayer
+from quant.student import QuantizedUNet
 
 FLOAT_BITS = 32
 

@@ -9,7 +9,7 @@ from ddpm_mnist.sampling.sampler import sample
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.models import load_model
 from quant import to_integer
-from quant.integer.core import ISAS, available
+from quant.integer.binding import ISAS, available
 
 # SHA-256 of the images of the first seeds, DPM-Solver++ in 20 steps, uint8 (N, 28, 28): so many as a processor draws in
 # seconds; what runs on any is several times as slow.

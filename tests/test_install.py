@@ -13,7 +13,7 @@ import pytest
 
 from ddpm_mnist.lab.command import EXTRAS
 from eval.models import STUDENTS
-from quant.integer.core import available
+from quant.integer.binding import available
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from quant.integer.core import ISAS, built, choose
+from quant.integer.binding import ISAS, built, choose
 
 if built():
     try:

@@ -16,13 +16,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant.integer import core
-from quant.integer.core import LANES
+from quant.integer import binding
+from quant.integer.binding import LANES
 from quant.layers import QuantConv2d, QuantLayer
 
 LARGEST_DIGIT = 255  # the core multiplies codes of 8 bits
 
-# Modules that become a `core.Norm`.
+# Modules that become a `binding.NormStruct`.
 NORMS = (nn.GroupNorm, AdaGroupNorm)
 
 
@@ -103,10 +103,10 @@ class IntegerLayer:
             (width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1,
         )
 
-    def structure(self) -> core.Layer:
+    def structure(self) -> binding.LayerStruct:
         """Return the structure that the core reads; `self` must outlive it."""
         sizes = (self.in_channels, self.out_channels, *self.kernel, *self.stride, *self.dilation, *self.padding)
-        return core.Layer(*sizes, self.largest_product, self.first_channel, self.weight.ctypes.data)
+        return binding.LayerStruct(*sizes, self.largest_product, self.first_channel, self.weight.ctypes.data)
 
 
 def dense(codes: Tensor, groups: int) -> Tensor:
@@ -146,13 +146,13 @@ class Layers(dict[QuantLayer, IntegerLayer]):
             self._append(low)
             if layer.act_quantizer.qmax > LARGEST_DIGIT:
                 self._append(low.of_high_digits(len(self.numbered), self.channels))
-        self.table = (core.Layer * len(self.numbered))(*(layer.structure() for layer in self.numbered))
+        self.table = (binding.LayerStruct * len(self.numbered))(*(layer.structure() for layer in self.numbered))
         norms: list[Any] = [module for module in modules if isinstance(module, NORMS)]
         self.norms: dict[nn.Module, int] = {norm: number for number, norm in enumerate(norms)}
         self.norm_numbers = [_weight_and_bias(norm) for norm in norms]
-        self.norm_table = (core.Norm * len(norms))(
+        self.norm_table = (binding.NormStruct * len(norms))(
             *(
-                core.Norm(norm.num_groups, norm.eps, weight.ctypes.data, bias.ctypes.data)
+                binding.NormStruct(norm.num_groups, norm.eps, weight.ctypes.data, bias.ctypes.data)
                 for norm, (weight, bias) in zip(norms, self.norm_numbers, strict=True)
             )
         )

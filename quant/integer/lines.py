@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from quant.integer import core
-from quant.integer.core import (
+from quant.integer import binding
+from quant.integer.binding import (
     ATTENTION,
     ENLARGE,
     FILTER_DOWN,
@@ -22,7 +22,7 @@ DOUBLING, HALVING = (ENLARGE, FILTER_UP, MIRROR_UP), (POOL, FILTER_DOWN, MIRROR_
 
 @dataclass
 class Line:
-    """`core.Line` with numbers of states instead of offsets; a layer, norm, skip or residual of -1 means none."""
+    """`LineStruct` with numbers of states instead of offsets; a layer, norm, skip or residual of -1 means none."""
 
     kind: int
     layer: int
@@ -124,19 +124,19 @@ class Program:
             self.offsets[line.target] = start
             self.memory = max(self.memory, start + sizes[line.target])
             live = {state for state in live | {line.target} if last_use.get(state, at) > at}
-        placed = (core.Line * len(self.lines))(*map(self._placed, self.lines))
+        placed = (binding.LineStruct * len(self.lines))(*map(self._placed, self.lines))
         first, last = self.shapes[0], self.shapes[results[-1]]
         ends = (0, first[0], first[1] * first[2], self.offsets[results[-1]], last[0], last[1] * last[2])
-        self.structure = core.Program(*ends, len(placed), placed, self._layers.table, self.memory)
+        self.structure = binding.ProgramStruct(*ends, len(placed), placed, self._layers.table, self.memory)
         return self
 
-    def _placed(self, line: Line) -> core.Line:
+    def _placed(self, line: Line) -> binding.LineStruct:
         channels, height, width = self.shapes[line.source]
         skip_channels = 0 if line.skip < 0 else self.shapes[line.skip][0]
         source, skip, residual, target = (
             self.offsets[state] for state in (line.source, line.skip, line.residual, line.target)
         )
-        return core.Line(
+        return binding.LineStruct(
             line.kind, line.layer, line.norm, source, channels, skip, skip_channels, residual, target,
             height, width, line.factor, line.heads, line.resampling, line.centre, line.divisor,
         )  # fmt: skip

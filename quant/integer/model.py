@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +15,12 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from quant.context import plain_torch
-from quant.integer import core
+from quant.integer import binding
 from quant.integer.layers import LARGEST_DIGIT, Layers, owned
 from quant.integer.lines import Program
 from quant.integer.program import follow_time_embedding, follow_unet, refuse_unsupported
 from quant.structure import refuse_hooks
-
-if TYPE_CHECKING:
-    from quant.convert import QuantizedUNet
+from quant.student import QuantizedUNet
 
 MAX_STEPS = 1000  # number of cached moments
 MAX_NUMBER = 1 << 20  # larger numbers exceed the range of the core's sine and cosine
@@ -32,7 +30,7 @@ class Moment:
     """Parameters of the lines for a timestep and a class. A sum of products becomes (sum − shift) · slope + offset.
 
     Attributes:
-        quantizers: `core.QUANTIZER`, the input quantizers of `layers.numbered`.
+        quantizers: `binding.QUANTIZER`, the input quantizers of `layers.numbered`.
         shifts: int32 (C,), over the output channels of all these layers, each padded to a multiple of 16.
         slopes, offsets: float32 (C,), likewise.
         norm_table: the normalisations, with the scale and shift from `modulate`.
@@ -42,7 +40,7 @@ class Moment:
     def __init__(self, scales: Tensor, zero_points: Tensor, largest: Tensor, layers: Layers, code_offset: int):
         """Compute the parameters from the L layers' input `scales` float32, `zero_points` and `largest` codes int32."""
         one = np.float32(1)
-        self.quantizers = np.empty(len(layers.numbered), core.QUANTIZER)
+        self.quantizers = np.empty(len(layers.numbered), binding.QUANTIZER)
         self.shifts = np.zeros(layers.channels, np.int32)
         self.slopes, self.offsets = (np.zeros(layers.channels, np.float32) for _ in range(2))
         rows = zip(layers.values(), scales.numpy(), zero_points.numpy(), largest.numpy(), strict=True)
@@ -56,7 +54,7 @@ class Moment:
         self.norm_table = type(layers.norm_table).from_buffer_copy(layers.norm_table)
         self._modulated: list[np.ndarray] = []
         arrays = (self.quantizers, self.shifts, self.slopes, self.offsets)
-        self.structure = core.Moment(*(array.ctypes.data for array in arrays), self.norm_table)
+        self.structure = binding.MomentStruct(*(array.ctypes.data for array in arrays), self.norm_table)
 
     def modulate(self, number: int, weight: np.ndarray, bias: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> None:
         """Multiply the output of a normalisation by 1 + `scale` and add `shift`; all arrays are float32 (channels,)."""
@@ -125,7 +123,7 @@ class _Projection:
         width: number of values.
     """
 
-    def __init__(self, module: nn.Module, integer_core: core.Core):
+    def __init__(self, module: nn.Module, integer_core: binding.Core):
         self._core, self._module = integer_core, module
         self.width: int
         if isinstance(module, nn.Embedding):
@@ -168,12 +166,12 @@ class IntegerUNet(nn.Module):
     """
 
     @plain_torch()
-    def __init__(self, student: "QuantizedUNet", isa: str | None = None):
+    def __init__(self, student: QuantizedUNet, isa: str | None = None):
         super().__init__()
         student.require_float32()
         refuse_hooks(student)
         refuse_unsupported(student.unet)
-        self.core, self._isa = core.choose(isa), isa
+        self.core, self._isa = binding.choose(isa), isa
         self._held = (student,)  # in a tuple: as an attribute, it would be a submodule
         self.clock = copy.deepcopy(student.clock)
         self.layers = Layers(list(student.layers()), list(student.unet.modules()))
@@ -192,7 +190,7 @@ class IntegerUNet(nn.Module):
         self.moments: dict[tuple[float, float | None], Moment] = {}
 
     @property
-    def student(self) -> "QuantizedUNet":
+    def student(self) -> QuantizedUNet:
         """The frozen student that the model was created from, on the CPU."""
         return self._held[0]
 
@@ -253,7 +251,7 @@ class IntegerUNet(nn.Module):
         seconds = None if self.seconds is None else self.seconds.ctypes.data
         self.core.denoise(
             program.structure, pointers, _address(x), eps.data_ptr(), count,
-            core.openmp(), torch.get_num_threads(), seconds,
+            binding.openmp(), torch.get_num_threads(), seconds,
         )  # fmt: skip
         if self._divided:
             eps /= torch.tensor(timesteps, dtype=torch.float32)[:, None, None, None]
@@ -310,7 +308,7 @@ class IntegerUNet(nn.Module):
 
 
 @plain_torch()
-def to_integer(student: "QuantizedUNet", isa: str | None = None) -> IntegerUNet:
+def to_integer(student: QuantizedUNet, isa: str | None = None) -> IntegerUNet:
     """Return the frozen `student` as a denoiser on integers, on the CPU, with the same interface and the same codes.
 
     Args:
@@ -321,8 +319,6 @@ def to_integer(student: "QuantizedUNet", isa: str | None = None) -> IntegerUNet:
         ValueError: the student is not frozen or has an unsupported part, the installation has no integer core, or the
             processor lacks the instruction set.
     """
-    from quant.convert import QuantizedUNet  # here, because quant.convert imports this package
-
     if not isinstance(student, QuantizedUNet):
         raise ValueError(f"a {type(student).__name__} has no codes: only a frozen student runs on integers")
     return IntegerUNet(copy.deepcopy(student).cpu(), isa)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant.context import plain_torch
-from quant.integer.core import (
+from quant.integer.binding import (
     ATTENTION,
     ENLARGE,
     FILTER_DOWN,

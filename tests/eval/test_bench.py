@@ -8,12 +8,12 @@ import torch
 
 from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.unet import PRETRAINED, save_teacher
-from eval import bench
+from eval.bench import benchmark as bench
 from eval.export import ExportConfig, export
 from eval.models import load_model
 from eval.plots import speed_chart
 from quant import QuantizedUNet, freeze
-from quant.integer.core import VARIABLE, available, choose
+from quant.integer.binding import VARIABLE, available, choose
 
 
 @pytest.fixture

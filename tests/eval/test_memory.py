@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import torch
 
 from ddpm_mnist.lab.command import run_command
-from eval.memory import peak_memory
+from eval.bench.memory import peak_memory
 from finetune import step_cost
 from finetune.step_cost import StepCostConfig, measure_step_cost
 

@@ -24,7 +24,7 @@ from eval.models import STUDENTS, Model, load_model
 from eval.sample import DrawConfig, SampleConfig, draw, write_samples
 from eval.train_features import FeaturesConfig, load_sets, train_features
 from quant import freeze
-from quant.integer.core import VARIABLE
+from quant.integer.binding import VARIABLE
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from eval import plots
 from eval.table import Row, summarise_scores
 from finetune.config import RunConfig
 from finetune.ladder import RUNGS, LadderConfig, climb, rung_config
-from quant.integer.core import VARIABLE
+from quant.integer.binding import VARIABLE
 
 SMALL = """
 output: {output}

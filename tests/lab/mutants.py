@@ -46,8 +46,8 @@ from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from ddpm_mnist.train import TeacherConfig, train_teacher
 from ddpm_mnist.unet import UNetConfig, make_unet, save_teacher
 from eval import features
+from eval.bench.memory import peak_memory
 from eval.grid import recorded_fid
-from eval.memory import peak_memory
 from eval.models import load_model
 from eval.sample import DrawConfig
 from finetune import ladder

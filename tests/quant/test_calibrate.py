@@ -138,7 +138,7 @@ MEASURE = """
 import sys
 import torch
 from diffusers import UNet2DModel
-from eval.memory import peak_memory
+from eval.bench.memory import peak_memory
 from quant import QuantConfig, calibrate, quantize
 
 torch.set_num_threads(1)

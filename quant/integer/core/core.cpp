@@ -210,7 +210,7 @@ double logarithm(double x) {
 
 API int32_t runs_here() { return processor_has_it(); }
 
-// Return the SHA-256 of the sources that this was built from, as in setup.py and quant/integer/core.py.
+// Return the SHA-256 of the sources that this was built from, as in setup.py and quant/integer/binding.py.
 API const char* sources() { return SOURCES; }
 
 // Return the offset that is subtracted from a code before multiplication; the shifts of a moment include it.

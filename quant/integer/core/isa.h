@@ -3,7 +3,7 @@
 // A kernel multiplies four codes of a pixel by 16 × 4 weights and adds the products to the sums of 16 channels, which
 // `total` converts to 32 bits. Narrower sums are converted after `capacity` additions, before they can overflow.
 //
-// To add an instruction set, add a branch here, its flags to setup.py, and its name to quant/integer/core.py.
+// To add an instruction set, add a branch here, its flags to setup.py, and its name to quant/integer/binding.py.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Structures of a program; those of quant/integer/core.py must match.
+// Structures of a program; those of quant/integer/binding.py must match.
 
 #pragma once
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from quant import freeze
-from quant.integer.core import ISAS, available
+from quant.integer.binding import ISAS, available
 
 
 def _on(isa):

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quant import functional
-from quant.integer import core as core_module
-from quant.integer.core import (
+from quant.integer import binding
+from quant.integer.binding import (
     ATTENTION,
     GELU,
     ISAS,
@@ -609,7 +609,7 @@ def test_an_image_is_the_last_state_of_its_program(isa):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_images_depend_neither_on_their_batch_nor_on_threads(images, count, threads):
     core, case, x, moments, expected = images
-    actual = denoise(core, case, x[:count], moments[:count], core_module.openmp(), threads)
+    actual = denoise(core, case, x[:count], moments[:count], binding.openmp(), threads)
     assert torch.equal(actual, expected[:count])
     assert len(expected.unique(dim=0)) == 20
 
@@ -635,7 +635,7 @@ def test_images_are_shared_among_as_many_threads_as_are_asked_for(images):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch may have OpenMP threads of another kind")
 def test_pytorchs_own_threads_are_found():
-    assert core_module.openmp() is not None
+    assert binding.openmp() is not None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -650,7 +650,7 @@ def test_what_is_not_finite_makes_its_image_none_and_no_other(images, bad):
 
 def test_no_images_are_none(images):
     core, case, x, _, _ = images
-    assert denoise(core, case, x[:0], [], core_module.openmp(), 2).shape == (0, 2, 12, 10)
+    assert denoise(core, case, x[:0], [], binding.openmp(), 2).shape == (0, 2, 12, 10)
 
 
 def test_threads_tell_what_codes_and_products_take(images):
@@ -658,7 +658,7 @@ def test_threads_tell_what_codes_and_products_take(images):
     seconds = np.zeros(2)
     for threads in (1, 2):
         before = seconds.copy()
-        denoise(core, case, x, moments, core_module.openmp(), threads, seconds)
+        denoise(core, case, x, moments, binding.openmp(), threads, seconds)
         assert (seconds > before).all()
 
 
@@ -690,8 +690,8 @@ def test_an_instruction_set_that_lacks_gets_one_line(by, monkeypatch):
 
 
 def test_an_installation_without_a_core_names_the_other_runtime(monkeypatch, capsys):
-    monkeypatch.setattr(core_module, "available", dict)
-    monkeypatch.setattr(core_module, "built", dict)
+    monkeypatch.setattr(binding, "available", dict)
+    monkeypatch.setattr(binding, "built", dict)
     for isa in (None, "portable"):
         with pytest.raises(ValueError, match=r'not built, .* C\+\+ compiler .* the runtime "simulated"') as caught:
             choose(isa)
@@ -701,7 +701,7 @@ def test_an_installation_without_a_core_names_the_other_runtime(monkeypatch, cap
 
 
 def test_cores_that_are_of_no_use_are_not_said_to_lack_a_compiler(monkeypatch, capsys):
-    monkeypatch.setattr(core_module, "available", dict)
+    monkeypatch.setattr(binding, "available", dict)
     with pytest.raises(ValueError, match="of the integer cores that were built none is of use here: install the pack"):
         choose()
 

@@ -17,9 +17,9 @@ from ddpm_mnist.sampling.sampler import sample
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver, make_scheduler
 from eval.exactness import flipped_shares
 from quant import to_integer
-from quant.integer import core as core_module
+from quant.integer import binding
 from quant.integer import model as model_module
-from quant.integer.core import VARIABLE, available
+from quant.integer.binding import VARIABLE, available
 
 
 @pytest.fixture
@@ -370,14 +370,14 @@ def test_a_pickle_runs_on_what_its_reader_has_unless_an_instruction_set_was_aske
 
 
 def test_libraries_of_other_sources_are_not_used(monkeypatch, capsys):
-    monkeypatch.setattr(core_module, "_sources", lambda: "of another day")
-    core_module.available.cache_clear()
+    monkeypatch.setattr(binding, "_sources", lambda: "of another day")
+    binding.available.cache_clear()
     try:
-        assert core_module.available() == {}
+        assert binding.available() == {}
     finally:
-        core_module.available.cache_clear()
+        binding.available.cache_clear()
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == len(core_module.built())
+    assert len(said) == len(binding.built())
     assert all("install the package again: it was built of other sources" in line for line in said)
 
 

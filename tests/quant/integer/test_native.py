@@ -18,8 +18,8 @@ from torch import nn
 from ddpm_mnist.sampling.sampler import denoise
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.models import load_model
-from quant import QuantConfig, calibrate, convert, freeze, quantize, to_integer
-from quant.integer.core import Line, available
+from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize, to_integer
+from quant.integer.binding import available
 
 DRIVER = Path(__file__).with_name("driver.cpp")
 ROOT = Path(__file__).parents[3]
@@ -131,7 +131,7 @@ def small(name):
     student = quantize(unet, QuantConfig(**bits), [t])
     if first:  # changed by hand, which `quantize` refuses
         unet.conv_in = nn.Conv2d(3, options["block_out_channels"][0], **first)
-        student = convert._convert(unet, QuantConfig(**bits), [t])
+        student = QuantizedUNet(unet, QuantConfig(**bits), [t])
         for _, layer in student.layers():
             layer.weight_quantizer.initialise(layer.weight)
     calibrate(student, {t: x})

@@ -10,8 +10,8 @@ from diffusers.models.resnet import Downsample2D, Upsample2D
 from torch import nn
 
 from eval.exactness import flipped_shares
-from quant import QuantConfig, QuantizedUNet, calibrate, convert, freeze, quantize, to_integer
-from quant.integer.core import MIRROR_UP, POOL, available
+from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize, to_integer
+from quant.integer.binding import MIRROR_UP, POOL, available
 from quant.integer.layers import IntegerLayer, Layers, dense, filled
 from quant.integer.lines import Program
 from quant.integer.program import follow_unet, refuse_unsupported
@@ -45,7 +45,7 @@ def uncalibrated(student):
 
 def by_hand(unet):
     """A frozen student of a UNet that its config does not describe."""
-    student = convert._convert(unet, QuantConfig(8, 8), [700])
+    student = QuantizedUNet(unet, QuantConfig(8, 8), [700])
     for _, layer in student.layers():
         layer.weight_quantizer.initialise(layer.weight)
     return freeze(uncalibrated(student))

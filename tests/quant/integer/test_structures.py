@@ -9,8 +9,8 @@ from torch import nn
 
 from eval import exactness
 from quant import QuantConfig, calibrate, freeze, quantize, to_integer
-from quant.integer import core, program
-from quant.integer.core import available
+from quant.integer import binding, program
+from quant.integer.binding import available
 
 PLAIN = ["DownBlock2D", "AttnDownBlock2D"], ["AttnUpBlock2D", "UpBlock2D"]
 ATTENTION = ["AttnDownBlock2D"] * 2, ["AttnUpBlock2D"] * 2
@@ -179,10 +179,10 @@ def test_what_is_not_finite_makes_its_image_none_and_no_other():
 @pytest.mark.parametrize(
     ("structure", "wrong"),
     [
-        ("some skips of the image", {core.FILTER_DOWN: core.MIRROR_DOWN}),
-        ("some skips of the image", {core.FILTER_UP: core.ENLARGE}),
-        ("k", {core.MIRROR_UP: core.FILTER_UP}),
-        ("resampling in residual blocks with attention", {core.POOL: core.FILTER_DOWN}),
+        ("some skips of the image", {binding.FILTER_DOWN: binding.MIRROR_DOWN}),
+        ("some skips of the image", {binding.FILTER_UP: binding.ENLARGE}),
+        ("k", {binding.MIRROR_UP: binding.FILTER_UP}),
+        ("resampling in residual blocks with attention", {binding.POOL: binding.FILTER_DOWN}),
     ],
 )
 def test_a_wrong_resampling_is_seen(structure, wrong, monkeypatch):

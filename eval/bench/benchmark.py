@@ -23,19 +23,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_mnist.lab import InputError
-from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.lab.processes import by_main
 from ddpm_mnist.lab.terminal import progress
 from ddpm_mnist.lab.write import prepare_output, write_bytes, write_json, write_text
 from ddpm_mnist.sampling.sampler import choose_conditions, image_shape
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver
-from eval.memory import peak_memory
+from eval.bench.memory import peak_memory
+from eval.bench.runtimes import Runtimes, onnx_runtimes, torch_runtimes
 from eval.models import load_model
 from eval.plots import speed_chart, to_png
-from eval.runtimes import Runtimes, onnx_runtimes, torch_runtimes
 from quant import QuantConv2d, QuantizedUNet, to_integer
 from quant.context import plain_torch
-from quant.integer.core import VARIABLE, available, choose
+from quant.integer.binding import VARIABLE, available, choose
 from quant.summary import summarise
 
 
@@ -306,7 +305,3 @@ def _markdown(rows: list[Row], content: dict[str, Any]) -> str:
         facts = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in content[heading].items())
         lines += ["", f"{heading.replace('_', ' ').capitalize()}: {facts}."]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    run_command("python -m eval.bench", benchmark, BenchConfig, sys.argv[1:])

@@ -28,7 +28,7 @@ KEEP, POOL, ENLARGE, FILTER_DOWN, FILTER_UP, MIRROR_DOWN, MIRROR_UP = range(7)
 LANES = 16  # the channels of states and outputs are padded to a multiple of it
 
 
-class Line(ctypes.Structure):
+class LineStruct(ctypes.Structure):
     """Instruction of a program, which applies a layer to a state: target = layer(codes(source, skip)) + residual.
 
     States are offsets into an array of floats; a skip, residual or norm of -1 means none. Codes are upsampled by
@@ -49,7 +49,7 @@ class Line(ctypes.Structure):
     )  # fmt: skip
 
 
-class Layer(ctypes.Structure):
+class LayerStruct(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_int64)
@@ -62,7 +62,7 @@ class Layer(ctypes.Structure):
     )  # fmt: skip
 
 
-class Norm(ctypes.Structure):
+class NormStruct(ctypes.Structure):
     _fields_ = (
         ("groups", ctypes.c_int64),
         ("eps", ctypes.c_double),
@@ -71,23 +71,23 @@ class Norm(ctypes.Structure):
     )
 
 
-class Moment(ctypes.Structure):
+class MomentStruct(ctypes.Structure):
     """Parameters of the lines that depend on the timestep: see `core/program.h`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("quantizers", "shifts", "slopes", "offsets")),
-        ("norms", ctypes.POINTER(Norm)),
+        ("norms", ctypes.POINTER(NormStruct)),
     )
 
 
-class Program(ctypes.Structure):
+class ProgramStruct(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_int64)
             for name in ("sample", "in_channels", "in_pixels", "result", "out_channels", "out_pixels", "num_lines")
         ),
-        ("lines", ctypes.POINTER(Line)),
-        ("layers", ctypes.POINTER(Layer)),
+        ("lines", ctypes.POINTER(LineStruct)),
+        ("layers", ctypes.POINTER(LayerStruct)),
         ("memory", ctypes.c_int64),
     )
 
@@ -114,11 +114,11 @@ class Core:
         self.isa = isa
         self.runs_here = bool(library.runs_here())
         self.code_offset: int = library.code_offset()
-        pointer, line, norm, program = ctypes.c_void_p, *map(ctypes.POINTER, (Line, Norm, Program))
+        pointer, line, norm, program = ctypes.c_void_p, *map(ctypes.POINTER, (LineStruct, NormStruct, ProgramStruct))
         integer, real = ctypes.c_int64, ctypes.c_float
         self.encode = _declared(library.encode, line, norm, pointer, pointer, pointer)
         self.change = _declared(library.change, line, norm, pointer)
-        self.execute = _checked(library.execute, program, ctypes.POINTER(Moment), pointer)
+        self.execute = _checked(library.execute, program, ctypes.POINTER(MomentStruct), pointer)
         self.denoise = _checked(
             library.denoise, program, pointer, pointer, pointer, integer, pointer, ctypes.c_uint, pointer
         )
