@@ -19,7 +19,7 @@ from ddpm_mnist.sampling.sampler import denoise
 from ddpm_mnist.sampling.solver import SamplerConfig, Solver
 from eval.models import load_model
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize, to_integer
-from quant.integer.binding import available
+from quant.integer.binding import LineStruct, available
 
 DRIVER = Path(__file__).with_name("driver.cpp")
 ROOT = Path(__file__).parents[3]
@@ -177,7 +177,7 @@ def write_input(path, network, images):
     arrays += [numbers for norm in layers.norm_numbers for numbers in norm]
     arrays += [sums, biases]
     for program in (time.structure, *(program.structure for program in network.programs.values())):
-        arrays += [program, (Line * program.num_lines)(*program.lines[: program.num_lines])]
+        arrays += [program, (LineStruct * program.num_lines)(*program.lines[: program.num_lines])]
     arrays += [np.array(added, np.int64), np.array(modulated, np.int64)]
     for x, t, _ in images:
         moment = network.moments[t, None]
