@@ -119,7 +119,7 @@ def learning_rate(config: TeacherConfig, update: int) -> float:
     return config.learning_rate * min(rise, fall, 1.0)
 
 
-def draw_batch(images: Tensor, batch_size: int, seed: int, update: int) -> tuple[Tensor, ...]:
+def draw_examples(images: Tensor, batch_size: int, seed: int, update: int) -> tuple[Tensor, ...]:
     """Draw the images, noises and timesteps of one update; they depend on the arguments only.
 
     Args:
@@ -155,22 +155,116 @@ def loss_weight(alphas_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
     return torch.ones_like(snr) if snr_gamma is None else snr.clamp(max=snr_gamma) / snr
 
 
-def restore_ema(ema: EMAModel, saved: dict[str, Any]) -> None:
-    """Load the averages and the step count of `saved`, a `state_dict()`, into `ema`; raise ValueError if the shapes
-    differ."""
-    shapes = [[mean.shape for mean in means] for means in (ema.shadow_params, saved["shadow_params"])]
-    if shapes[0] != shapes[1]:
-        raise ValueError("the moving average is of other parameters")
-    taken = {name: saved[name] for name in ("shadow_params", "optimization_step")}
-    ema.load_state_dict({**ema.state_dict(), **taken})
+class _Training:
+    """The network, its optimizers and its moving average, and one update of them.
+
+    Attributes:
+        unet: the network.
+        kept: the sets of averaged weights whose mean becomes the teacher.
+    """
+
+    def __init__(self, config: TeacherConfig, images: Tensor):
+        self.config, self.images = config, images
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.device = self.accelerator.device
+        torch.manual_seed(config.seed)
+        channels = images.shape[3] if images.dim() == 4 else 1
+        self.unet = make_unet(config.unet, channels, (images.shape[1], images.shape[2])).to(self.device)
+        processes.copy_from_main(self.unet)
+        self.optimizers = make_optimizers(self.unet)
+        self.ema = EMAModel(self.unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
+        self.ema.to(self.device)
+        self.kept: list[list[Tensor]] = []
+        self.schedule = make_noise_schedule()
+        self.weight = loss_weight(self.schedule.alphas_cumprod, config.snr_gamma).to(self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs to continue after this update."""
+        return {
+            "unet": self.unet.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "ema": self.ema.state_dict(),
+            "kept": self.kept,
+        }
+
+    def restore(self, state: dict[str, Any], num_kept: int) -> None:
+        """Load a `state()` with `num_kept` sets of weights.
+
+        Raises:
+            ValueError, RuntimeError, KeyError: the state is of another network.
+        """
+        self.unet.load_state_dict(state["unet"])
+        moments = ({"mean"}, {"step", "exp_avg", "exp_avg_sq"})
+        for optimizer, saved, names in zip(self.optimizers, state["optimizers"], moments, strict=True):
+            restore_optimizer(optimizer, saved, names)
+        shapes = [parameter.shape for parameter in self.unet.parameters()]
+        averages = {name: state["ema"][name] for name in ("shadow_params", "optimization_step")}
+        for weights in (averages["shadow_params"], *state["kept"]):
+            if [weight.shape for weight in weights] != shapes:
+                raise ValueError("the averaged weights are of another network")
+        if len(state["kept"]) != num_kept:
+            raise ValueError(f"{len(state['kept'])} sets of averaged weights are saved, not {num_kept}")
+        self.ema.load_state_dict({**self.ema.state_dict(), **averages})
+        self.ema.to(self.device)
+        self.kept = [[weight.to(self.device) for weight in weights] for weights in state["kept"]]
+
+    def update(self, number: int) -> Tensor:
+        """Do the update `number`, from 0, and return its loss."""
+        batch = draw_examples(self.images, self.config.batch_size, self.config.seed, number)
+        x0, eps, t = (processes.own_part(tensor).to(self.device) for tensor in batch)
+        with self.accelerator.autocast():
+            prediction = self.unet(self.schedule.add_noise(x0, eps, t), t).sample
+        loss = (self.weight[t] * (prediction.float() - eps).square().mean((1, 2, 3))).mean()
+        self.unet.zero_grad()
+        loss.backward()
+        processes.average_gradients(self.unet.parameters())
+        nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.max_grad_norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, number)
+            optimizer.step()
+        self.ema.step(self.unet.parameters())
+        return loss.detach()
+
+    def keep_average(self) -> None:
+        """Add the averaged weights to `kept`."""
+        self.kept.append([mean.clone() for mean in self.ema.shadow_params])
+
+    def samples(self) -> bytes:
+        """Return a PNG of 64 images from the averaged weights."""
+        self.ema.store(self.unet.parameters())
+        self.ema.copy_to(self.unet.parameters())
+        solver = Solver(SamplerConfig(eps_scale=self.config.eps_scale))
+        pictures = sample(self.unet, solver, num_images=64, device=self.device)
+        self.ema.restore(self.unet.parameters())
+        png = io.BytesIO()
+        save_image((to_float(pictures) + 1) / 2, png, format="png")
+        return png.getvalue()
+
+    @torch.no_grad()
+    def teacher(self) -> nn.Module:
+        """Return the network with the mean of the `kept` weights."""
+        for parameter, weights in zip(self.unet.parameters(), zip(*self.kept, strict=True), strict=True):
+            parameter.copy_(torch.stack(weights).mean(0))
+        return self.unet
 
 
-def restore_kept(saved: list[list[Tensor]], like: list[nn.Parameter], count: int) -> list[list[Tensor]]:
-    """Return the `count` saved sets of weights to average, on the devices of `like`; raise ValueError if their number
-    or shapes differ."""
-    if len(saved) != count or any([x.shape for x in weights] != [x.shape for x in like] for weights in saved):
-        raise ValueError("what was kept to be averaged is of other parameters")
-    return [[weight.to(at) for weight, at in zip(weights, like, strict=True)] for weights in saved]
+def _load(config: TeacherConfig) -> tuple[Tensor, str]:
+    """Return the training images, uint8, and the SHA-256 of their pixels."""
+    images = processes.from_main(lambda: load_images(config.data, "train", config.image_size))
+    if len(images) < config.batch_size:
+        raise InputError(
+            f"{config.data} has {len(images)} images, fewer than a batch of {config.batch_size}: "
+            "give more, or a smaller batch_size"
+        )
+    return images, hashlib.sha256(images.numpy().tobytes()).hexdigest()
+
+
+def _fingerprint(config: TeacherConfig) -> dict[str, Any]:
+    """Return the settings that a resumed run must share with the interrupted one."""
+    free = ("output", "eps_scale", "log_every", "save_every", "grid_every", "tracker")
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    return {**settings, "optimizer": "muon"}
 
 
 @plain_torch()
@@ -189,105 +283,45 @@ def train_teacher(config: TeacherConfig) -> Path:
             another configuration or to other images.
     """
     config = dataclasses.replace(config, batch_size=config.batch_size * processes.count())
-    fingerprint = dataclasses.asdict(config)
-    for free in ("output", "eps_scale", "log_every", "save_every", "grid_every", "tracker"):
-        del fingerprint[free]
-    images = processes.from_main(lambda: load_images(config.data, "train", config.image_size))
-    if len(images) < config.batch_size:
-        raise InputError(
-            f"{config.data} has {len(images)} images, fewer than a batch of {config.batch_size}: "
-            "give more, or a smaller batch_size"
-        )
-    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    device = accelerator.device
-    torch.manual_seed(config.seed)
-    channels = images.shape[3] if images.dim() == 4 else 1
-    unet = make_unet(config.unet, channels, (images.shape[1], images.shape[2])).to(device)
-    processes.copy_from_main(unet)
-    optimizers = make_optimizers(unet)
-    ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
-
-    run = RunState(config.output, {**fingerprint, "optimizer": "muon"}, config.tracker)
-    kept: list[list[Tensor]] = []  # the sets of EMA weights whose mean is saved at the end
+    images, digest = _load(config)
+    training = _Training(config, images)
+    run = RunState(config.output, _fingerprint(config), config.tracker)
     num_updates = config.total_updates + config.restart_updates
     average_at = config.average_at or (num_updates,)
     first, seconds_before = run.progress(num_updates)
-    if (state := run.state) is not None:
+    if run.state is not None:
         with run.restoring():
-            if state["images"] != digest:
+            if run.state["images"] != digest:
                 raise InputError(
                     f"{config.output} was begun with other images than {config.data} holds now: "
                     "choose another output folder, or delete this one"
                 )
-            unet.load_state_dict(state["unet"])
-            moments = ({"mean"}, {"step", "exp_avg", "exp_avg_sq"})
-            for optimizer, saved, names in zip(optimizers, state["optimizers"], moments, strict=True):
-                restore_optimizer(optimizer, saved, names)
-            restore_ema(ema, state["ema"])
-            kept = restore_kept(state["kept"], list(unet.parameters()), sum(at <= first for at in average_at))
-
+            training.restore(run.state, num_kept=sum(at <= first for at in average_at))
     save_config(config, config.output / "config.yaml")
-    ema.to(device)
-    schedule = make_noise_schedule()
-    weight = loss_weight(schedule.alphas_cumprod, config.snr_gamma).to(device)
-    start = time.monotonic()
-    losses: list[Tensor] = []
-    with progress("teacher", num_updates, first) as advance:
-        for update in range(first, num_updates):
-            batch = draw_batch(images, config.batch_size, config.seed, update)
-            x0, eps, t = (processes.own_part(tensor).to(device) for tensor in batch)
-            with accelerator.autocast():
-                prediction = unet(schedule.add_noise(x0, eps, t), t).sample
-            loss = (weight[t] * (prediction.float() - eps).square().mean((1, 2, 3))).mean()
-            unet.zero_grad()
-            loss.backward()
-            processes.average_gradients(unet.parameters())
-            nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, update)
-                optimizer.step()
-            ema.step(unet.parameters())
-            losses.append(loss.detach())
 
-            done = update + 1
-            seconds = seconds_before + time.monotonic() - start
+    start, losses = time.monotonic(), []
+    with progress("teacher", num_updates, first) as advance:
+        for done in range(first + 1, num_updates + 1):
+            losses.append(training.update(done - 1))
             last = done == num_updates
             saves = done % config.save_every == 0 or last
+            seconds = seconds_before + time.monotonic() - start
             if done in average_at:
-                kept.append([mean.clone() for mean in ema.shadow_params])
+                training.keep_average()
             if done % config.log_every == 0 or saves:  # at each save too: a resumed run lacks the earlier losses
                 mean = processes.average(torch.stack(losses).mean()).item()
                 losses.clear()
-                run.log(update=done, loss=mean, learning_rate=learning_rate(config, update), seconds=seconds)
+                run.log(update=done, loss=mean, learning_rate=learning_rate(config, done - 1), seconds=seconds)
                 advance(done, f"loss {mean:.4f}")
             if done % config.grid_every == 0 or last:
-                ema.store(unet.parameters())
-                ema.copy_to(unet.parameters())
-                pictures = sample(unet, Solver(SamplerConfig(eps_scale=config.eps_scale)), num_images=64, device=device)
-                png = io.BytesIO()
-                save_image((to_float(pictures) + 1) / 2, png, format="png")
-                write_bytes(config.output / "samples" / f"{done:06d}.png", png.getvalue())
-                run.tracker.picture("samples", png.getvalue(), done)
-                ema.restore(unet.parameters())
+                png = training.samples()
+                write_bytes(config.output / "samples" / f"{done:06d}.png", png)
+                run.tracker.picture("samples", png, done)
             if saves:
-                run.save(
-                    {
-                        "unet": unet.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                        "ema": ema.state_dict(),
-                        "kept": kept,
-                        "images": digest,
-                        "update": done,
-                        "seconds": seconds,
-                    }
-                )
-    with torch.no_grad():
-        for parameter, weights in zip(unet.parameters(), zip(*kept, strict=True), strict=True):
-            parameter.copy_(torch.stack(weights).mean(0))
+                run.save({**training.state(), "images": digest, "update": done, "seconds": seconds})
+    teacher = training.teacher()
     if processes.is_main():
         require_folder(config.output / "unet")
-        save_teacher(unet, config.output, config.eps_scale)
+        save_teacher(teacher, config.output, config.eps_scale)
     run.finish()
     return config.output

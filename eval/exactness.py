@@ -5,7 +5,7 @@ two codes: normalisation, activations, attention and resampling use floats in bo
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.functional import round_zero_point
 from quant.integer import binding
 from quant.integer.layers import NORMS, filled
-from quant.integer.lines import Line
+from quant.integer.lines import Line, Program
 from quant.integer.model import Moment
 
 
@@ -89,6 +89,97 @@ def _states(x: Tensor) -> np.ndarray:
     return states
 
 
+@dataclass
+class _Activations:
+    """Activations of one forward pass of the simulation."""
+
+    entering: dict[str, Tensor] = field(default_factory=dict)
+    """Inputs of the layers by name, and of the normalisations by "norm" and number."""
+    leaving: dict[str, Tensor] = field(default_factory=dict)
+    """Outputs of the layers by name, and of the class embedding as "class"."""
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    """Input codes of the layers by name."""
+
+
+def _record(student: QuantizedUNet, x: Tensor, t: float | Tensor, labels: dict[str, Tensor]) -> _Activations:
+    """Return the activations of `student(x, t, **labels)`."""
+    recorded = _Activations()
+
+    def keep_input(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        recorded.entering[name] = inputs[0]
+
+    def keep_output(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        recorded.leaving[name] = output
+
+    def keep_codes(name: str, quantizer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        scale, zero_point = (values[0] for values in quantizer.read())
+        codes = (output / scale).round() + round_zero_point(zero_point, quantizer.qmin, quantizer.qmax)
+        recorded.codes[name] = codes
+
+    hooks: list[tuple[nn.Module, Any]] = []
+    for name, layer in student.layers():
+        hooks += [(layer.act_quantizer, partial(keep_codes, name))]
+        hooks += [(layer, partial(keep_input, name)), (layer, partial(keep_output, name))]
+    norms = (module for module in student.unet.modules() if isinstance(module, NORMS))
+    hooks += [(norm, partial(keep_input, f"norm {number}")) for number, norm in enumerate(norms)]
+    if student.unet.class_embedding is not None:
+        hooks += [(student.unet.class_embedding, partial(keep_output, "class"))]
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        student(x, t, **labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded
+
+
+class _Sources:
+    """The simulation's state at the source of each line of a program."""
+
+    def __init__(self, integer: IntegerUNet, program: Program, moment: Moment, simulated: _Activations):
+        self._integer, self._program, self._moment, self._simulated = integer, program, moment, simulated
+        self.states: dict[int, Tensor] = {}
+        """States that a normalisation reads, and those computed from them by lines without a layer."""
+        self._computed_by: dict[int, str] = {}  # state → its layer
+        self._residuals: dict[int, int] = {}  # state → the state that is added to it
+        self._of_high: dict[int, int] = {}  # the same for states of high digits, which are added to the low digits'
+        for line in program.lines:
+            if line.norm >= 0 and line.skip < 0:
+                self.states.setdefault(line.source, self._before_norm(line))
+
+    def follow(self, line: Line) -> None:
+        """Note the target of a line whose source is known."""
+        if line.layer < 0:
+            if line.source in self.states:
+                shape = self._program.shapes[line.target]
+                state = line_state(self._integer, line, self._moment, self.states[line.source], shape)
+                self.states[line.target] = state
+        elif self._integer.layers.numbered[line.layer].shift:
+            self._of_high[line.target] = line.residual
+        else:
+            self._residuals[line.target] = self._of_high.get(line.residual, line.residual)
+            self._computed_by[line.target] = self._integer.layers.numbered[line.layer].name
+
+    def of(self, line: Line) -> Tensor:
+        """Return the source of a line with a layer, (N, C, H, W), before upsampling."""
+        name, (_, height, width) = self._integer.layers.numbered[line.layer].name, self._program.shapes[line.source]
+        if line.norm >= 0:
+            return self._before_norm(line)
+        if line.source in self.states and line.skip < 0:
+            return self.states[line.source]
+        if line.kind == binding.QUANTIZE:
+            source = _as_image(self._simulated.entering[name], height * line.factor, width * line.factor)
+            return source[..., :: line.factor, :: line.factor]
+        source = _as_image(self._simulated.leaving[self._computed_by[line.source]], height, width)
+        if self._residuals[line.source] >= 0:  # the class embedding is added to the time embedding
+            source = source + _as_image(self._simulated.leaving["class"], height, width)
+        return source
+
+    def _before_norm(self, line: Line) -> Tensor:
+        x = self._simulated.entering[f"norm {line.norm}"]
+        return x.reshape(len(x), -1, *self._program.shapes[line.source][1:])
+
+
 @torch.no_grad()
 def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: int | None = None) -> dict[str, float]:
     """Return, for each integer layer, the share of its input codes that differ from the simulation's.
@@ -103,76 +194,22 @@ def flipped_shares(student: QuantizedUNet, x: Tensor, t: float | Tensor, label: 
     labels = {} if label is None else {"class_labels": torch.full((len(x),), label)}
     integer(x, t, **labels)  # compiles the program and prepares the step sizes of the timestep
     (moment,) = integer.moments.values()
-    programs = (integer.time.program, integer.programs[x.shape[2], x.shape[3]])
-    entering: dict[str, Tensor] = {}
-    leaving: dict[str, Tensor] = {}
-    coded: dict[str, Tensor] = {}
-
-    def hook(name: str, kept: dict[str, Tensor], of_output: bool) -> Any:
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            kept[name] = output if of_output else inputs[0]
-
-        return keep
-
-    def keep_codes(name: str, quantizer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        scale, zero_point = (values[0] for values in quantizer.read())
-        coded[name] = (output / scale).round() + round_zero_point(zero_point, quantizer.qmin, quantizer.qmax)
-
-    hooks = []
-    for name, layer in student.layers():
-        hooks.append(layer.act_quantizer.register_forward_hook(partial(keep_codes, name)))
-        hooks.append(layer.register_forward_hook(hook(name, entering, False)))
-        hooks.append(layer.register_forward_hook(hook(name, leaving, True)))
-    for number, norm in enumerate(module for module in student.unet.modules() if isinstance(module, NORMS)):
-        hooks.append(norm.register_forward_hook(hook(f"norm {number}", entering, False)))
-    if student.unet.class_embedding is not None:
-        hooks.append(student.unet.class_embedding.register_forward_hook(hook("class", leaving, True)))
-    try:
-        student(x, t, **labels)
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-    names, shares = [layer.name for layer in integer.layers.numbered], {}
-    for program in programs:
-        made_by: dict[int, Line] = {}
-        residuals: dict[int, int] = {}  # state → the state that is added to it
-        of_high: dict[int, int] = {}  # the same for states of high digits, which are added to those of the low digits
-        # The simulation's states that a normalisation reads, and those computed from them by lines without a layer.
-        states = {0: x} if program is programs[1] else {}
+    simulated = _record(student, x, t, labels)
+    network = integer.programs[x.shape[2], x.shape[3]]
+    shares = {}
+    for program in (integer.time.program, network):
+        sources = _Sources(integer, program, moment, simulated)
+        if program is network:
+            sources.states[0] = x
         for line in program.lines:
-            if line.norm >= 0 and line.skip < 0:
-                states.setdefault(
-                    line.source, entering[f"norm {line.norm}"].reshape(len(x), *program.shapes[line.source])
-                )
-        for line in program.lines:
-            if line.layer < 0:
-                if line.source in states:
-                    shape = program.shapes[line.target]
-                    states[line.target] = line_state(integer, line, moment, states[line.source], shape)
+            sources.follow(line)
+            if line.layer < 0 or integer.layers.numbered[line.layer].shift:
                 continue
-            if integer.layers.numbered[line.layer].shift:
-                of_high[line.target] = line.residual
-                continue
-            residuals[line.target] = of_high.get(line.residual, line.residual)
-            name, (_, height, width) = names[line.layer], program.shapes[line.source]
-            made_by[line.target] = line
-            if line.norm >= 0:
-                source = entering[f"norm {line.norm}"].reshape(len(x), -1, height, width)
-            elif line.source in states and line.skip < 0:
-                source = states[line.source]
-            elif line.kind == binding.QUANTIZE:
-                source = _as_image(entering[name], height * line.factor, width * line.factor)
-                source = source[..., :: line.factor, :: line.factor]
-            else:
-                made = made_by[line.source]
-                source = _as_image(leaving[names[made.layer]], height, width)
-                if residuals[line.source] >= 0:  # the class embedding is added to the time embedding
-                    source = source + _as_image(leaving["class"], height, width)
-            ours = line_codes(integer, line, moment, source)
+            name, (_, height, width) = integer.layers.numbered[line.layer].name, program.shapes[line.source]
+            ours = line_codes(integer, line, moment, sources.of(line))
             if line.factor > 1:
                 ours = ours.repeat_interleave(line.factor, 2).repeat_interleave(line.factor, 3)
-            theirs = _as_image(coded[name], height * line.factor, width * line.factor)
+            theirs = _as_image(simulated.codes[name], height * line.factor, width * line.factor)
             shares[name] = (ours != theirs).float().mean().item()
     return shares
 

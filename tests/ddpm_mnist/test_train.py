@@ -18,7 +18,7 @@ from ddpm_mnist.lab.run_state import RunState, read_log
 from ddpm_mnist.scheduler import make_noise_schedule
 from ddpm_mnist.train import (
     TeacherConfig,
-    draw_batch,
+    draw_examples,
     learning_rate,
     loss_weight,
     make_optimizers,
@@ -278,15 +278,15 @@ def test_min_snr_weight_caps_the_loss_on_x0():
 @pytest.mark.parametrize("shape", [(50, 28, 28), (50, 8, 12, 3)])
 def test_a_batch_depends_on_seed_and_update(shape):
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
-    first = draw_batch(images, 8, seed=0, update=3)
+    first = draw_examples(images, 8, seed=0, update=3)
     assert (first[2] // 125).sort().values.tolist() == list(range(8))  # one timestep from each eighth
-    again = draw_batch(images, 8, seed=0, update=3)
+    again = draw_examples(images, 8, seed=0, update=3)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first[0].shape == (8, 3 if shape[3:] else 1, *shape[1:3])
     assert first[0].min() >= -1
     assert first[0].max() <= 1
     for other in ((1, 3), (0, 4)):
-        assert not torch.equal(first[1], draw_batch(images, 8, *other)[1])
+        assert not torch.equal(first[1], draw_examples(images, 8, *other)[1])
 
 
 @pytest.mark.parametrize(
