@@ -103,13 +103,13 @@ def _files(folder: Path) -> Iterator[Path]:
         for inner in folders:
             path = Path(name, inner)
             if path.is_symlink() and Path(name).resolve().is_relative_to(path.resolve()):
-                raise InputError(f"{path} links to a folder that it lies in: take the link away")
+                raise InputError(f"{path} links to a folder that it lies in: delete the link")
         for file in files:
             if file[0] != ".":
                 path = Path(name, file)
                 if not path.is_file():
                     what = "a link that leads nowhere" if path.is_symlink() else "no file"
-                    raise InputError(f"{path} is {what}: take it away")
+                    raise InputError(f"{path} is {what}: delete it")
                 yield path
 
 

@@ -100,14 +100,14 @@ def _archive(data: str, source: type[MNIST], urls: list[str], md5: str, root: Pa
         except Exception as error:  # if one source fails for any reason, try the next one
             answers.append(f"{url}: {error}".splitlines()[0])
     raise InputError(
-        f"{data} is not to be had; put {path.name} with MD5 {md5} into {path.parent} ({'; '.join(answers)})"
+        f"{data} is not available; put {path.name} with MD5 {md5} into {path.parent} ({'; '.join(answers)})"
     )
 
 
 def read_idx(data: bytes) -> Tensor:
     """Parse an IDX file of uint8: two zeros, 8 for uint8, the number of axes, their sizes, the values."""
     if data[:3] != b"\0\0\x08":
-        raise ValueError(f"this is no IDX file of uint8: it begins with {data[:3]!r}")
+        raise ValueError(f"this is not an IDX file of uint8: it begins with {data[:3]!r}")
     shape = struct.unpack_from(f">{data[3]}I", data, 4)
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape).copy())
 
@@ -137,7 +137,7 @@ def load_mnist(split: str, root: Path | None = None) -> tuple[Tensor, Tensor]:
             continue
         images = read_image_file(str(raw / f"{prefix}-images-idx3-ubyte"))
         return images, read_label_file(str(raw / f"{prefix}-labels-idx1-ubyte"))
-    raise InputError(f"MNIST is not to be had; put its four files, uncompressed, into {raw} ({'; '.join(answers)})")
+    raise InputError(f"MNIST is not available; put its four files, uncompressed, into {raw} ({'; '.join(answers)})")
 
 
 def check_md5(path: Path) -> None:

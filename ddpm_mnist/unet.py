@@ -8,7 +8,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from safetensors import SafetensorError
 
 from ddpm_mnist.lab import InputError
-from ddpm_mnist.lab.locks import HALF
+from ddpm_mnist.lab.locks import TEMPORARY_SUFFIX
 from ddpm_mnist.lab.write import write_bytes
 from ddpm_mnist.scheduler import make_sampling_scheduler
 
@@ -78,7 +78,7 @@ def save_teacher(unet: UNet2DModel, folder: Path, eps_scale: float = 1.0) -> Non
     """Write a folder for `DDPMPipeline.from_pretrained`: model_index.json, unet/ and scheduler/."""
     pipeline = DDPMPipeline(unet=unet, scheduler=make_sampling_scheduler(eps_scale))
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=HALF, dir=folder) as beside:
+    with tempfile.TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=folder) as beside:
         try:
             pipeline.save_pretrained(beside)
         except SafetensorError as error:  # e.g. on a full disk

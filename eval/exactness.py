@@ -25,7 +25,7 @@ from eval.sample import DrawConfig
 from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.functional import round_zero_point
 from quant.integer import binding
-from quant.integer.layers import NORMS, filled
+from quant.integer.layers import NORMS, pad_to_lanes
 from quant.integer.lines import Line, Program
 from quant.integer.model import Moment
 
@@ -68,7 +68,7 @@ def line_codes(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor) -> T
 def line_state(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Return the state of `shape` that the core computes from x (N, C, H, W) in a program line without a layer."""
     _, channels, height, width = x.shape
-    states, size = _states(x), filled(shape[0]) * shape[1] * shape[2]
+    states, size = _states(x), pad_to_lanes(shape[0]) * shape[1] * shape[2]
     placed = binding.LineStruct(
         line.kind, -1, line.norm, 0, channels, -1, 0, -1, states[0].size, height, width, 1, 0,
         line.resampling, line.centre, line.divisor,
@@ -84,7 +84,7 @@ def line_state(integer: IntegerUNet, line: Line, moment: Moment, x: Tensor, shap
 def _states(x: Tensor) -> np.ndarray:
     """Convert x (N, C, H, W) to the core's layout: (N, H, W, C) with padded channels."""
     count, channels, height, width = x.shape
-    states = np.zeros((count, height, width, filled(channels)), np.float32)
+    states = np.zeros((count, height, width, pad_to_lanes(channels)), np.float32)
     states[..., :channels] = rearrange(x, "n c h w -> n h w c").numpy()
     return states
 
@@ -226,7 +226,7 @@ def report(config: ExactnessConfig) -> dict[str, float]:
     model = load_model(config.student)
     student = model.denoiser
     if not isinstance(student, QuantizedUNet):
-        raise InputError(f'"{config.student}" is no student: a run folder or a released student is needed')
+        raise InputError(f'"{config.student}" is not a student: a run folder or a released student is needed')
     student.cpu()
     solver = model.solver(SamplerConfig(num_steps=config.num_steps))
     totals: dict[str, float] = {}

@@ -110,7 +110,9 @@ class InceptionNetwork(nn.Module):
                 raise ValueError(f"{path} has SHA-256 {digest}, not {INCEPTION_SHA256}")
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"Inception's weights cannot be had; put {url} into {path.parent} ({reason})") from error
+            raise InputError(
+                f"Inception's weights are not available; put {url} into {path.parent} ({reason})"
+            ) from error
         self.extractor = inception.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +153,7 @@ def load_features(folder: Path = PRETRAINED, second: bool = False) -> FeatureNet
 def _refuse_infinite(tensors: dict[str, Tensor]) -> None:
     for name, x in tensors.items():
         if not x.isfinite().all():
-            raise ValueError(f"{name} holds what is no finite number")
+            raise ValueError(f"{name} contains a value that is not finite")
 
 
 @cache
@@ -267,7 +269,7 @@ def load_ruler(features: Path | str | None = None, reference: str | None = None)
     except FileNotFoundError:
         floor = None
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{folder / 'features.json'} is no record of a ruler: {error}") from error
+        raise InputError(f"{folder / 'features.json'} is not the record of a ruler: {error}") from error
     return replace(ruler, second=second, floor=floor)
 
 

@@ -23,7 +23,7 @@ from ddpm_mnist.unet import PRETRAINED
 from eval.table import bits_label
 from quant import IntegerUNet, QuantizedUNet, to_integer
 from quant.context import plain_torch
-from quant.structure import EMA_FIELDS, check_config, is_of_ema, try_out
+from quant.structure import EMA_FIELDS, check_config, check_forward, is_of_ema
 
 STUDENTS = ("w8a8", "w4a8", "w4a4", "w2a4")
 RELEASED = {"teacher": PRETRAINED, **{name: PRETRAINED / name for name in STUDENTS}}
@@ -167,7 +167,7 @@ def load_model(argument: str, runtime: str = "simulated") -> Model:
         else:
             check_config(config.get("_class_name"), config)
             denoiser = _load_unet(place).requires_grad_(False).to(device())
-            try_out(denoiser)
+            check_forward(denoiser)
             model = Model(argument, denoiser, schedule, folder=folder)
         _check_network(model)
     except Exception as error:  # diffusers, safetensors and torch raise many types of exceptions for damaged files
@@ -191,7 +191,7 @@ def _check_network(model: Model) -> None:
     if any(side % 2**halvings for side in model.shape[1:]):
         raise InputError(f"its sample_size {model.shape[1:]} cannot be halved {halvings} times, as its network does")
     if not all(x.isfinite().all() for x in unet.parameters() if x.is_floating_point()):
-        raise InputError("its weights hold what is no finite number")
+        raise InputError("its weights contain a value that is not finite")
 
 
 def _from_hub(name: str) -> Path:
@@ -208,7 +208,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the JSON object in `path`; raise ValueError if it contains none."""
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ValueError(f"{path.name} is no JSON object")
+        raise ValueError(f"{path.name} is not a JSON object")
     return config
 
 

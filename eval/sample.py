@@ -84,7 +84,7 @@ def stored_shape(model: Model) -> tuple[int, ...]:
 @plain_torch()
 def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     """Sample images uint8 (num_images, H, W) or (…, C) from `model`; return them and the duration in seconds."""
-    _tell_core(model)
+    _print_isa(model)
     solver = model.solver(config)
     start, device = time.monotonic(), model.denoiser.device
     with progress(f"sampling {model.name}", config.num_images) as advance:
@@ -92,7 +92,7 @@ def draw(model: Model, config: DrawConfig) -> tuple[Tensor, float]:
     return images, time.monotonic() - start
 
 
-def _tell_core(model: Model) -> None:
+def _print_isa(model: Model) -> None:
     if isinstance(model.denoiser, IntegerUNet):
         print(f"{model.name} runs on integers: {model.denoiser.core.isa}")
 
@@ -123,7 +123,7 @@ def write_array(model: Model, config: DrawConfig, path: Path) -> None:
     They are written to a temporary file, which is renamed at the end (see `_PartialArray`). Its name contains a digest
     of everything that determines the images, so that only the same command resumes it.
     """
-    _tell_core(model)
+    _print_isa(model)
     # The batch size is included because it changes the last bits of floats.
     decides = json.dumps({**origin_of(model, config), "batch_size": config.batch_size}, sort_keys=True)
     digest = hashlib.sha256(decides.encode()).hexdigest()[:12]
@@ -213,7 +213,7 @@ class _PartialArray:
         """
         assert self._file is not None
         if not is_still_there(self._file, self.beside):
-            raise InputError(f"cannot write {self.path}: {self.beside} was taken away")
+            raise InputError(f"cannot write {self.path}: {self.beside} was deleted")
         keep_mode(self.path, self.beside)
         if sys.platform == "win32":  # no locks here, and an open file cannot be renamed or deleted
             self._file.close()

@@ -175,7 +175,7 @@ def parameter_groups(student: QuantizedUNet, config: DistillConfig) -> list[dict
         ValueError: the student is frozen.
     """
     if any(layer.codes is not None for _, layer in student.layers()):
-        raise ValueError("a frozen student learns no more: take the student that was frozen")
+        raise ValueError("a frozen student cannot be trained: train it before quant.freeze")
     student.requires_grad_(False)
     groups: list[dict[str, Any]] = []
 

@@ -13,7 +13,7 @@ from quant.integer.binding import choose
 
 # All costs are in teacher evaluations on one sample. Training on one student evaluation: the forward pass is 1, the
 # backward pass 2, and a student's update costs 1.5 times a teacher's (`finetune.step_cost`).
-LEARNING = 4.5
+UPDATE_COST = 4.5
 # Calibration per state, and its additional cost with reconstruction.
 CALIBRATION, RECONSTRUCTION = 13, 8
 # One student evaluation: simulated, and with integers by instruction set (`efficientdm bench`).
@@ -39,7 +39,7 @@ def print_plan(config: RunConfig, teacher: Model, done: int) -> None:
     stages = (  # (name, cost)
         (f"{config.num_trajectories} trajectories of {teacher_steps} steps", config.num_trajectories * teacher_steps),
         ("calibration", config.calibration_trajectories * steps * calibration),
-        (f"{updates} updates of {options.batch_size}" + " rollouts" * rollout, evaluations * LEARNING),
+        (f"{updates} updates of {options.batch_size}" + " rollouts" * rollout, evaluations * UPDATE_COST),
         (f"scores of 3 models on {config.num_images} images", scored * (1 + 2 * student)),
     )
     for stage, cost in stages:

@@ -90,12 +90,12 @@ def _checked(model: QuantizedUNet, states: Mapping[Any, Tensor], conditions: dic
                 f"the states at {t} must be (N, {channels}, H, W), alike at all timesteps, not {tuple(x.shape)}"
             )
         if not x.isfinite().all():
-            raise ValueError(f"the states at {t} hold what is no finite number")
+            raise ValueError(f"the states at {t} contain a value that is not finite")
     for name, values in conditions.items():
         if not isinstance(values, Tensor) or values.dim() < 1 or len(values) != shape[0]:
             raise ValueError(f"{name} must be a tensor with a row for each of {shape[0]} states")
         if not values.isfinite().all():
-            raise ValueError(f"{name} holds what is no finite number")
+            raise ValueError(f"{name} contains a value that is not finite")
     return {t: x.float() for t, x in by_time.items()}
 
 
@@ -127,7 +127,7 @@ def _set_ranges(model: QuantizedUNet, states: dict[float, Tensor], conditions: d
                 if (times := calls.pop(layer.act_quantizer, 0)) != 1:
                     raise ValueError(
                         f"{name} runs {times} times in a forward pass, not once: turn chunked feed-forward off, and "
-                        "hand over all that the network takes"
+                        "pass all inputs of the network"
                     )
     for quantizer, values in of_all_steps.items():
         quantizer.initialise(values.flatten(), search)

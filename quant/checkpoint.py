@@ -68,7 +68,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = load_tensors(weights)
     except SafetensorError as error:
-        raise ValueError(f"{WEIGHTS} is no safetensors file: {error}") from error
+        raise ValueError(f"{WEIGHTS} is not a safetensors file: {error}") from error
     for name, code in config["codes"].items():
         step = code.get("step", 1)  # missing in older files, which have no mid-rise codes
         if step != code_range(code["bits"], signed=True).step:
@@ -83,9 +83,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path.name} is no JSON object")
+        raise ValueError(f"{path.name} is not a JSON object")
     return config
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from quant.context import plain_torch
 from quant.integer.program import refuse_unsupported
-from quant.quantizers import SMALLEST
+from quant.quantizers import MIN_SCALE
 from quant.replace import QuantConfig
 from quant.structure import check_structure, refuse_hooks
 from quant.student import QuantizedUNet, require_student
@@ -71,7 +71,7 @@ def _freeze(model: QuantizedUNet) -> QuantizedUNet:
     frozen.is_calibrated = True
     for _, layer in frozen.layers():
         for quantizer in (layer.weight_quantizer, layer.act_quantizer):
-            quantizer.scale.clamp_(min=SMALLEST)
+            quantizer.scale.clamp_(min=MIN_SCALE)
         _round_to_half(layer.weight_quantizer)
         layer.freeze()
     for part in frozen.unet.children():

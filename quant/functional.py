@@ -24,9 +24,10 @@ TERNARY = 1.58
 # Bit-widths of signed codes that are mid-rise: with so few levels, a code for zero would leave one side a level short.
 MID_RISE = (1, 2)
 
-# Bit-widths other than 2…8: FEW for weights, FINE for inputs of edge layers. Codes of 16 bits are two digits of 8 bits.
-FEW: tuple[float, ...] = (1, TERNARY)
-FINE = 16
+# Bit-widths other than 2…8: LOW_WEIGHT_BITS for weights, TWO_DIGIT_BITS for inputs of edge layers, whose codes are
+# two digits of 8 bits.
+LOW_WEIGHT_BITS: tuple[float, ...] = (1, TERNARY)
+TWO_DIGIT_BITS = 16
 
 
 def check_bits(name: str, bits: float, also: tuple[float, ...] = ()) -> None:
@@ -48,7 +49,7 @@ def code_range(bits: float, signed: bool) -> range:
     signed, mid-rise 1, 2     −(2^b − 1), …, −1, 1, …, 2^b − 1
     ================ ======== =====================================
     """
-    check_bits("bits", bits, FEW if signed else (FINE,))
+    check_bits("bits", bits, LOW_WEIGHT_BITS if signed else (TWO_DIGIT_BITS,))
     if bits == TERNARY:
         return range(-1, 2)
     count = 1 << int(bits)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.functional import FINE, code_range, fake_quantize, quantize
+from quant.functional import TWO_DIGIT_BITS, code_range, fake_quantize, quantize
 
 # Candidates for the initial step size, as fractions of the min-max range: arguments of `torch.linspace` (first, last,
 # count), not tensors, whose dtype and device would depend on the importing process's defaults. Weights are fewer than
@@ -24,7 +24,7 @@ TAIL_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FINE_MARGIN = 2
 
 # Lower bound of step sizes: the smallest normal number of half precision, in which step sizes are saved.
-SMALLEST = torch.finfo(torch.half).tiny
+MIN_SCALE = torch.finfo(torch.half).tiny
 
 
 class Clock:
@@ -125,9 +125,9 @@ class WeightQuantizer(nn.Module):
     def initialise(self, weight: Tensor, search: str = "error") -> None:
         """Initialise each channel's step size from `weight` (c_out, …), by the method `QuantConfig.search`."""
         rows = weight.flatten(1)
-        widest = rows.abs().amax(1).clamp(min=SMALLEST) / -self.qmin
+        widest = rows.abs().amax(1).clamp(min=MIN_SCALE) / -self.qmin
         if search == "min-max":
-            self.scale.copy_(rows.abs().amax(1).clamp(min=SMALLEST) / self.qmax)
+            self.scale.copy_(rows.abs().amax(1).clamp(min=MIN_SCALE) / self.qmax)
             return
         fractions = SYMMETRIC_FRACTIONS if self.qmax == -self.qmin else WEIGHT_FRACTIONS
         self.scale.copy_(_least_error(rows, _spaced(fractions, rows)[:, None] * widest, self.codes))
@@ -173,9 +173,9 @@ class ActivationQuantizer(nn.Module):
     def initialise(self, values: Tensor, search: str = "error", row: int = 0) -> None:
         """Initialise row `row` of the tables from activations `values` (M,), by the method `QuantConfig.search`."""
         low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
-        if self.bits == FINE:
+        if self.bits == TWO_DIGIT_BITS:
             low, high, search = FINE_MARGIN * low, FINE_MARGIN * high, "min-max"
-        widest = ((high - low) / self.qmax).clamp(min=SMALLEST)
+        widest = ((high - low) / self.qmax).clamp(min=MIN_SCALE)
         if search == "min-max":
             self.scale[row], self.zero_point[row] = widest, (-low / widest).round()
             return

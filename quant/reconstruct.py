@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant.functional import fake_quantize
 from quant.layers import QuantLayer
-from quant.quantizers import SMALLEST
+from quant.quantizers import MIN_SCALE
 
 # Number of rows, drawn at random, in the least-squares problem of a layer: per unknown, and the minimum.
 ROWS_PER_COLUMN, FEWEST_ROWS = 8, 8192
@@ -39,12 +39,12 @@ def reconstruct(search: str, layer: QuantLayer, inputs: tuple[Tensor], _: Any) -
     targets -= target_mean
     gram, cross = (rows.mT @ rows).double(), (targets.mT @ rows).double()  # (G, n, n) and (G, c_out / G, n)
     variances = gram.diagonal(dim1=1, dim2=2)
-    damping = DAMPING * variances.mean() + SMALLEST
+    damping = DAMPING * variances.mean() + MIN_SCALE
     variances += damping
     factor, before = torch.linalg.cholesky(gram), layer.weight.view_as(cross)
     best = torch.cholesky_solve((cross + damping * before).mT, factor).mT.float()
     layer.weight_quantizer.initialise(best.reshape(layer.weight_shape), search)
-    layer.weight.copy_(_round_in_turn(layer, best, torch.cholesky_inverse(factor)).view_as(layer.weight))
+    layer.weight.copy_(_round_sequentially(layer, best, torch.cholesky_inverse(factor)).view_as(layer.weight))
 
     weight = layer.quantized_weight()
     layer.bias.copy_((target_mean - mean @ weight.view_as(before).mT).flatten())
@@ -65,7 +65,7 @@ def _pairs(layer: QuantLayer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return rows, targets
 
 
-def _round_in_turn(layer: QuantLayer, weight: Tensor, inverse: Tensor) -> Tensor:
+def _round_sequentially(layer: QuantLayer, weight: Tensor, inverse: Tensor) -> Tensor:
     """Apply GPTQ to the weight (G, c_out / G, n), and return each column as it is immediately before rounding.
 
     Args:

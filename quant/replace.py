@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from quant.functional import FEW, FINE, check_bits
+from quant.functional import LOW_WEIGHT_BITS, TWO_DIGIT_BITS, check_bits
 from quant.layers import QuantConv2d, QuantLinear, SkipConv2d
 from quant.quantizers import Clock
 
@@ -24,7 +24,7 @@ EDGES = ("conv_in", "conv_out", "time_embedding", "class_embedding", "add_embedd
 
 
 # Up-sampling blocks whose residual blocks all take a concatenation [hidden, skip] as input.
-SKIPPED_TO = (UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D, CrossAttnUpBlock2D)
+SKIP_UP_BLOCKS = (UpBlock2D, AttnUpBlock2D, ResnetUpsampleBlock2D, CrossAttnUpBlock2D)
 
 
 @dataclass
@@ -60,10 +60,10 @@ class QuantConfig:
     includes `bias_correction`."""
 
     def __post_init__(self) -> None:
-        check_bits("weight_bits", self.weight_bits, also=FEW)
+        check_bits("weight_bits", self.weight_bits, also=LOW_WEIGHT_BITS)
         check_bits("act_bits", self.act_bits)
         check_bits("edge_bits", self.edge_bits)
-        check_bits("edge_act_bits", self.edge_act_bits, also=(FINE,))
+        check_bits("edge_act_bits", self.edge_act_bits, also=(TWO_DIGIT_BITS,))
         if self.search not in ("error", "min-max"):
             raise ValueError(f'search must be "error" or "min-max", not "{self.search}"')
         if not isinstance(self.rank, int) or self.rank < 1:
@@ -127,7 +127,7 @@ def _split_skips(unet: Any) -> None:
     for block in unet.down_blocks:
         skips += [resnet.out_channels for resnet in block.resnets]
         skips += [block.resnets[-1].out_channels] * len(block.downsamplers or [])
-    if not all(isinstance(block, SKIPPED_TO) for block in unet.up_blocks):
+    if not all(isinstance(block, SKIP_UP_BLOCKS) for block in unet.up_blocks):
         return  # other blocks keep their shortcuts
     for block in unet.up_blocks:
         for resnet in block.resnets:

@@ -102,7 +102,7 @@ def make(name: str, config: Mapping[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def try_out(model: Any) -> None:
+def check_forward(model: Any) -> None:
     """Run a UNet2DModel, or a student of one, on a small image, to find configs that construct but fail in forward.
 
     Exceptions of diffusers and torch are passed on.
@@ -129,9 +129,9 @@ def check_structure(unet: nn.Module) -> None:
         twin = make(kind.__name__, config)
     for name, parameter in unet.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"{name}: it is on the meta device, without numbers (accelerate's offload puts it there)")
+            raise ValueError(f"{name}: it is on the meta device, without values (accelerate's offload puts it there)")
         if not parameter.detach().isfinite().all():
-            raise ValueError(f"{name}: it holds what is no finite number")
+            raise ValueError(f"{name}: it contains a value that is not finite")
     ours, theirs = dict(unet.named_modules()), dict(twin.named_modules())
     for name in sorted(ours.keys() | theirs.keys()):
         place = name or kind.__name__

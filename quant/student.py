@@ -14,7 +14,7 @@ from quant.context import plain_torch
 from quant.layers import QuantLayer
 from quant.quantizers import Clock, as_number
 from quant.replace import QuantConfig, replace_layers
-from quant.structure import make, own_fields, refuse_hooks, try_out
+from quant.structure import check_forward, make, own_fields, refuse_hooks
 
 # Names of an activation quantizer's tables in the state dict.
 ACT_TABLES = ("scale", "zero_point")
@@ -51,7 +51,7 @@ class QuantizedUNet(nn.Module):
         if not isinstance(sample, Tensor) or not sample.is_floating_point():
             raise ValueError("the sample must be a tensor of floats")
         if self.unet.is_gradient_checkpointing:
-            raise ValueError("gradient checkpointing is not supported: it would ask the clock after the forward pass")
+            raise ValueError("gradient checkpointing is not supported: it would read the clock after the forward pass")
         if isinstance(timestep, str) or not hasattr(timestep, "__len__"):
             timestep = as_number(timestep)  # keeps fractions: diffusers would truncate them to integers
         t = torch.as_tensor(timestep, device=sample.device)
@@ -67,10 +67,14 @@ class QuantizedUNet(nn.Module):
     def require_float32(self) -> None:
         """Raise ValueError unless the parameters are float32 and none is on the meta device."""
         if self.dtype != torch.float32:
-            mend = "call .float() on it" if self.dtype == torch.float64 else "its numbers are rounded, make it anew"
+            mend = (
+                "call .float() on it"
+                if self.dtype == torch.float64
+                else "its values were rounded, quantize the teacher again"
+            )
             raise ValueError(f"a student computes in float32, not in {self.dtype}: {mend}")
         if any(parameter.is_meta for parameter in self.parameters()):
-            raise ValueError("a student on the meta device has no numbers (accelerate's offload puts it there)")
+            raise ValueError("a student on the meta device has no values (accelerate's offload puts it there)")
 
     # diffusers' pipelines read these three properties.
     @property
@@ -149,7 +153,7 @@ class QuantizedUNet(nn.Module):
             for _, layer in model.layers():
                 layer.freeze()
             model.unet.load_state_dict(tensors)
-            try_out(model)
+            check_forward(model)
         except Exception as error:  # diffusers and torch raise exceptions of many types
             message = f"config.json and model.safetensors do not fit each other: {_last_line(error)}"
             raise ValueError(message) from error
@@ -176,12 +180,12 @@ def _check(tensors: dict[str, Tensor], model: QuantizedUNet, config: dict[str, A
     """
     bits = {f"{name}.codes": layer.weight_quantizer.bits for name, layer in model.layers()}
     if bits != {name: code["bits"] for name, code in config["codes"].items()}:
-        raise ValueError("codes have other bits than the layers that they are of")
+        raise ValueError("codes and their layers have different bits")
     for name, x in tensors.items():
         if name not in bits and x.dtype not in (torch.half, torch.float32):
             raise ValueError(f"{name} is of {x.dtype}")
         if not x.isfinite().all():
-            raise ValueError(f"{name} holds what is no finite number")
+            raise ValueError(f"{name} contains a value that is not finite")
         if name.endswith(("weight_quantizer.scale", "act_quantizers.scale")) and not (x > 0).all():
             raise ValueError(f"{name} holds a step size that is not positive")
     for table in ACT_TABLES:
@@ -203,7 +207,7 @@ def _check(tensors: dict[str, Tensor], model: QuantizedUNet, config: dict[str, A
 def require_student(model: Any) -> None:
     """Raise ValueError unless `model` is a `QuantizedUNet` in float32."""
     if not isinstance(model, QuantizedUNet):
-        raise ValueError(f"a {type(model).__name__} is no student: quant.quantize makes one")
+        raise ValueError(f"a {type(model).__name__} is not a student: quant.quantize makes one")
     model.require_float32()
 
 

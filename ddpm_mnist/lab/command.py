@@ -27,7 +27,7 @@ from ddpm_mnist.lab.read import read_limited
 
 # If all ranks hit the same error, rank 0 reports it, and the launcher then stops the others. They wait this many
 # seconds before they report an error of their own.
-SECONDS_TO_SPEAK = 5
+REPORT_DELAY = 5
 
 
 # Optional dependencies: module → the extra of pyproject.toml that installs it.
@@ -139,7 +139,7 @@ def _stdout_is_full() -> bool:
 
 def _fail(prog: str, message: str, code: int) -> NoReturn:
     if not processes.is_main():
-        time.sleep(SECONDS_TO_SPEAK)
+        time.sleep(REPORT_DELAY)
         prog = f"{prog}, process {processes.rank()}"
     print(f"{prog}: {one_line(message)}", file=sys.stderr)
     sys.exit(code)

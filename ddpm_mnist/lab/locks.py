@@ -11,7 +11,7 @@ from typing import BinaryIO
 from ddpm_mnist.lab import InputError, processes
 
 # Suffix of temporary files and folders, whose names begin with a dot.
-HALF = ".half"
+TEMPORARY_SUFFIX = ".half"
 
 
 _locks: dict[Path, BinaryIO] = {}
@@ -104,7 +104,7 @@ def _clear_half_written(folder: Path, depth: int = 2) -> None:
     """
     for path in folder.iterdir():
         with suppress(OSError):
-            if path.name.startswith(".") and path.name.endswith(HALF):
+            if path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             elif depth and path.is_dir() and not path.is_symlink() and not (path / ".lock").exists():
                 _clear_half_written(path, depth - 1)
@@ -123,7 +123,7 @@ def require_folder(path: Path) -> None:
     for lock in list(_locks):
         if path.resolve().is_relative_to(lock.parent) and not is_still_there(_locks[lock], lock):
             _locks.pop(lock).close()  # this job fails; a later job of this process may create the folder again
-            raise InputError(f"cannot write {path}: {lock.parent} was taken away, or its .lock")
+            raise InputError(f"cannot write {path}: {lock.parent} was deleted, or its .lock")
 
 
 def _forget_locks() -> None:

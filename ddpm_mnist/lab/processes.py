@@ -28,7 +28,7 @@ Config = TypeVar("Config")
 # responding.
 TIMEOUT = timedelta(minutes=10)
 # Timeout of collectives after distributed jobs, which may take hours longer on one process than on another.
-PATIENCE = timedelta(days=7)
+JOB_TIMEOUT = timedelta(days=7)
 
 _alone = False
 
@@ -187,7 +187,7 @@ def leave() -> None:
 
 @cache
 def _patient() -> Any:
-    return dist.new_group(timeout=PATIENCE, backend="gloo")
+    return dist.new_group(timeout=JOB_TIMEOUT, backend="gloo")
 
 
 @contextmanager

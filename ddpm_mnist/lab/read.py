@@ -27,7 +27,7 @@ def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -44,7 +44,7 @@ def parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once, parse_float=_finite, parse_int=_short)
     except (ValueError, RecursionError) as error:
-        raise ValueError(one_line(f"{name} is no JSON: {error}")) from error
+        raise ValueError(one_line(f"{name} is not JSON: {error}")) from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,6 +98,6 @@ def _check_plain(value: Any) -> None:
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"a tensor of {tuple(value.shape)} is larger than what is there")
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError("it holds what is no finite number")
+            raise ValueError("it contains a value that is not finite")
     elif not isinstance(value, bool | int | float | str | None):
         raise ValueError(f"a {type(value).__name__} does not belong there")

@@ -182,7 +182,9 @@ def read_log(path: Path) -> list[dict[str, float]]:
             if not {"update", "loss", "seconds"} <= row.keys() or not all(
                 isinstance(x, int | float) for x in row.values()
             ):
-                raise ValueError(f"{path.name} has a line without update, loss and seconds, or with what is no number")
+                raise ValueError(
+                    f"{path.name} has a line without update, loss and seconds, or with a value that is not a number"
+                )
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no log of a run: {error}") from error
+        raise InputError(f"{path} is not the log of a run: {error}") from error
     return rows

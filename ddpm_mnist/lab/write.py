@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_mnist.lab import InputError, processes
-from ddpm_mnist.lab.locks import HALF, forget_lost_lock, require_folder
+from ddpm_mnist.lab.locks import TEMPORARY_SUFFIX, forget_lost_lock, require_folder
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -43,7 +43,7 @@ def keep_mode(path: Path, beside: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{HALF}")
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
@@ -75,7 +75,7 @@ def _prepare_output(path: Path) -> None:
         if path.is_dir():
             raise InputError(f"cannot write {path}: it is a folder")
         if path.exists() and not path.is_file():
-            raise InputError(f"cannot write {path}: it is no regular file")
+            raise InputError(f"cannot write {path}: it is not a regular file")
         if path.exists() and not os.access(path, os.W_OK):
             raise InputError(f"cannot write {path}: it is read-only")
         beside = _beside(path.resolve())

@@ -109,7 +109,7 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
     """
     name, defaults = config.get("_class_name", "no class"), config.get("_use_default_values", [])
     if not isinstance(defaults, list):
-        raise InputError(f"its scheduler has _use_default_values = {defaults!r}, which is no list")
+        raise InputError(f"its scheduler has _use_default_values = {defaults!r}, which is not a list")
     # As in diffusers, fields that were left at their defaults take the defaults of the class that reads the config.
     config = {key: value for key, value in config.items() if key not in [*defaults, "_use_default_values"]}
     if name not in CLASSES:
@@ -122,9 +122,9 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
             if key == "clip_sample_range" and not fields.get("clip_sample", True):
                 continue
-            raise InputError(f"its scheduler has {key} = {value!r}, which is no number of at least {least:g}")
+            raise InputError(f"its scheduler has {key} = {value!r}, which is not a number of at least {least:g}")
     if int(offset := fields.get("steps_offset", 0)) != offset:
-        raise InputError(f"its scheduler has steps_offset = {offset!r}, which is no whole number")
+        raise InputError(f"its scheduler has steps_offset = {offset!r}, which is not a whole number")
     for key in BOOLEANS & fields.keys():
         if not isinstance(fields[key], bool):
             raise InputError(f"its scheduler has {key} = {fields[key]!r}, which must be true or false")
@@ -145,7 +145,7 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         with np.errstate(all="ignore"):  # NaN and infinity are refused by the check of the betas
             alphas_cumprod = _alphas_cumprod(fields)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"its scheduler is of no use: {error}") from error
+        raise InputError(f"its scheduler cannot be used: {error}") from error
     return Schedule(config, alphas_cumprod, fields.get("prediction_type", "epsilon"))
 
 

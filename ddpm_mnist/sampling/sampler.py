@@ -139,7 +139,7 @@ def sample(
         for step in denoise(denoiser, solver, seeds, device):
             x = step.x_next
         if not x.isfinite().all():
-            raise InputError("the model's answers are no finite numbers")
+            raise InputError("the model's outputs are not finite")
         return to_uint8(x)
 
     parts = list(batches(seed, num_images, batch_size))

@@ -28,7 +28,7 @@ DPM_OPTIONS = {
 
 
 # Values that these fields have in other schedulers only. As in diffusers, DPM-Solver++ replaces them by its defaults.
-OTHERS_NAMES = {"algorithm_type": ("deis",), "solver_type": ("logrho", "bh1", "bh2")}
+FOREIGN_VALUES = {"algorithm_type": ("deis",), "solver_type": ("logrho", "bh1", "bh2")}
 
 
 # A denoiser is called as `denoiser(x_t, t, **conditions).sample`: x_t float (N, C, H, W), t long (N,). Its `config` has
@@ -85,7 +85,7 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
     """
     kind: Any = DDIMScheduler if config.solver == "ddim" else DPMSolverMultistepScheduler
     fields = {key: schedule.fields[key] for key in inspect.signature(kind).parameters if key in schedule.fields}
-    fields = {key: value for key, value in fields.items() if value not in OTHERS_NAMES.get(key, ())}
+    fields = {key: value for key, value in fields.items() if value not in FOREIGN_VALUES.get(key, ())}
     clip_range = schedule.clip_range(config.solver)
     if config.solver == "dpm++":
         if clip_range not in (None, 1.0):
@@ -95,7 +95,7 @@ def make_scheduler(config: SamplerConfig, schedule: Schedule) -> DDIMScheduler |
     try:
         scheduler = kind(**fields)
     except Exception as error:  # diffusers validates few of the fields, so that errors of any type can follow
-        raise InputError(f"its scheduler is of no use: {error}") from error
+        raise InputError(f"its scheduler cannot be used: {error}") from error
     for name, value in DPM_OPTIONS.items():
         if scheduler.config.get(name, value) != value:
             now = scheduler.config[name]
@@ -148,7 +148,9 @@ class Solver:
         if config.solver == "dpm++" and self.schedule.fields.get("rescale_betas_zero_snr"):
             alphas_cumprod[-1] = 2.0**-24  # as in diffusers: λ must be finite
         if self.schedule.prediction_type == "epsilon" and not alphas_cumprod[t].all():
-            raise InputError(f"at timestep {t[0]} no signal is left, and ε says nothing of x0: v_prediction does")
+            raise InputError(
+                f"at timestep {t[0]} x_t contains no signal, so x0 does not follow from ε: use v_prediction"
+            )
         self.eps_scale = self.schedule.eps_scale if config.eps_scale is None else config.eps_scale
         if self.eps_scale != 1 and self.schedule.prediction_type != "epsilon":
             raise InputError(f"eps_scale is a factor on ε, and the model answers {self.schedule.prediction_type}")

@@ -98,14 +98,14 @@ def benchmark(config: BenchConfig) -> list[Row]:
     (if installed) OpenVINO, in float, bfloat16, and static int8 (the teacher, quantized by ONNX Runtime).
 
     Raises:
-        InputError: a model does not exist, or `student` is no student.
+        InputError: a model does not exist, or `student` is not a student.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     models = load_model(config.teacher), load_model(config.student)
     teacher, student = (model.denoiser.cpu() for model in models)
     if not isinstance(student, QuantizedUNet):
-        raise InputError(f'"{config.student}" is no student: a run folder or a released student is needed')
+        raise InputError(f'"{config.student}" is not a student: a run folder or a released student is needed')
     if isinstance(teacher, QuantizedUNet):
         raise InputError(f'the teacher must be of full precision, "{config.teacher}" is not')
     if models[0].shape != models[1].shape:

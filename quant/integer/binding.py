@@ -107,10 +107,10 @@ class Core:
     def __init__(self, isa: str, path: Path):
         library = ctypes.CDLL(str(path))
         if not hasattr(library, "sources"):
-            raise OSError("it was built of other sources")
+            raise OSError("it was built from other sources")
         library.sources.restype = ctypes.c_char_p
         if library.sources() != _sources().encode():
-            raise OSError("it was built of other sources")
+            raise OSError("it was built from other sources")
         self.isa = isa
         self.runs_here = bool(library.runs_here())
         self.code_offset: int = library.code_offset()
@@ -163,7 +163,7 @@ def available() -> dict[str, Core]:
         try:
             core = Core(isa, path)
         except OSError as error:
-            print(f"{path.name} is of no use, install the package again: {error}", file=sys.stderr)
+            print(f"{path.name} cannot be used, install the package again: {error}", file=sys.stderr)
             continue
         if core.runs_here:
             cores[isa] = core
@@ -178,7 +178,7 @@ def choose(isa: str | None = None) -> Core:
     """
     cores = available()
     if not cores and built():
-        raise ValueError("of the integer cores that were built none is of use here: install the package again")
+        raise ValueError("none of the integer cores can be used here: install the package again")
     if not cores:
         raise ValueError(
             "the integer core was not built, for lack of a C++ compiler at installation: "

@@ -33,7 +33,7 @@ def owned(x: Tensor) -> np.ndarray:
     return array
 
 
-def filled(channels: int) -> int:
+def pad_to_lanes(channels: int) -> int:
     """Return `channels` rounded up to a multiple of 16."""
     return math.ceil(channels / LANES) * LANES
 
@@ -159,7 +159,7 @@ class Layers(dict[QuantLayer, IntegerLayer]):
 
     def _append(self, layer: IntegerLayer) -> None:
         self.numbered.append(layer)
-        self.channels += filled(layer.out_channels)
+        self.channels += pad_to_lanes(layer.out_channels)
 
 
 def _weight_and_bias(norm: Any) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ from quant.integer.binding import (
     POOL,
     QUANTIZE,
 )
-from quant.integer.layers import IntegerLayer, Layers, filled
+from quant.integer.layers import IntegerLayer, Layers, pad_to_lanes
 
 DOUBLING, HALVING = (ENLARGE, FILTER_UP, MIRROR_UP), (POOL, FILTER_DOWN, MIRROR_DOWN)
 
@@ -110,7 +110,7 @@ class Program:
         for at, line in reversed(list(enumerate(self.lines))):
             for state in (line.source, line.skip, line.residual):
                 last_use.setdefault(state, at)
-        sizes = [filled(channels) * height * width for channels, height, width in self.shapes]
+        sizes = [pad_to_lanes(channels) * height * width for channels, height, width in self.shapes]
         self.offsets, live, self.memory = {-1: -1}, set(range(self._given)), 0
         for state in live:
             self.offsets[state] = self.memory

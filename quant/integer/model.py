@@ -65,7 +65,7 @@ class Moment:
 
 
 @dataclass
-class _Numbers:
+class _InputRange:
     """Valid timesteps or class labels of a network."""
 
     name: str
@@ -75,7 +75,7 @@ class _Numbers:
     """Whether they must be positive, because the network takes their logarithm."""
 
     @classmethod
-    def of(cls, name: str, *embeddings: nn.Module) -> "_Numbers":
+    def of(cls, name: str, *embeddings: nn.Module) -> "_InputRange":
         """Return the valid inputs of the first of `embeddings` that limits them."""
         for module in embeddings:
             if isinstance(module, nn.Embedding):
@@ -181,8 +181,8 @@ class IntegerUNet(nn.Module):
         self._tables = [(q.scale.detach().clone(), q.zero_point.detach().clone()) for q in quantizers]
         config, proj, classes = student.config, student.unet.time_proj, student.unet.class_embedding
         self._in_channels, self._divided = config.in_channels, config.time_embedding_type == "fourier"
-        self._timestep = _Numbers.of("timestep", proj)
-        self._label = None if classes is None else _Numbers.of("class label", classes, proj)
+        self._timestep = _InputRange.of("timestep", proj)
+        self._label = None if classes is None else _InputRange.of("class label", classes, proj)
         self._projection = _Projection(proj, self.core)
         self._class_projection = _Projection(classes if isinstance(classes, nn.Embedding) else proj, self.core)
         self.seconds: np.ndarray | None = None
@@ -301,7 +301,7 @@ class IntegerUNet(nn.Module):
         self.student.state_dict(destination=destination, prefix=f"{prefix}student.", keep_vars=keep_vars)
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
-        raise ValueError("an integer model keeps its numbers: call to_integer on the other student")
+        raise ValueError("an integer model cannot load values: call to_integer on the other student")
 
     def __reduce__(self) -> tuple:
         return IntegerUNet, (self.student, self._isa)

@@ -246,7 +246,7 @@ def test_what_cannot_be_followed_is_refused_by_name(tmp_path):
     save(tmp_path / "a.png", pictures(6, 8))
     for name in ("b.png", "c"):
         (tmp_path / name).symlink_to(tmp_path / "nowhere")
-        with pytest.raises(InputError, match=rf"{name} is a link that leads nowhere: take it away"):
+        with pytest.raises(InputError, match=rf"{name} is a link that leads nowhere: delete it"):
             data.load_images(str(tmp_path))
         (tmp_path / name).unlink()
     (tmp_path / "d").mkdir()

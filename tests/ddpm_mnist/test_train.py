@@ -144,7 +144,7 @@ def test_a_folder_that_is_taken_away_is_not_made_again(tmp_path, monkeypatch):
         run.folder.rename(tmp_path / "elsewhere")
 
     monkeypatch.setattr(RunState, "save", take_away)
-    with pytest.raises(InputError, match=r"cannot write .*unet: .*run was taken away"):
+    with pytest.raises(InputError, match=r"cannot write .*unet: .*run was deleted"):
         train_teacher(tiny(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert (tmp_path / "elsewhere" / "state" / "latest.pt").exists()

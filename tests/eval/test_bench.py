@@ -126,7 +126,7 @@ def test_a_student_is_exported_in_its_real_bits_and_as_onnx(folders, tmp_path, c
             ["--model", "{student}", "--format", "packed", "--output", "{student}"],
             "holds a model: choose",
         ),
-        ("bench", ["--student", "{teacher}"], "is no student: a run folder or a released student is needed"),
+        ("bench", ["--student", "{teacher}"], "is not a student: a run folder or a released student is needed"),
         ("bench", ["--batch_sizes", "[0]"], "batch_sizes must name sizes of at least 1, not [0]"),
         ("bench", ["--teacher", "{student}", "--student", "{student}"], "the teacher must be of full precision"),
         ("bench", ["--output", "bench.md"], "output must end in .json, not bench.md"),

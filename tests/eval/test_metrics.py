@@ -471,7 +471,7 @@ def test_what_is_no_ruler_is_refused(trained, tmp_path):
         load_ruler(tmp_path / "half")
     shutil.copytree(trained, tmp_path / "other")
     (tmp_path / "other" / "features.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"other/features\.json is no record of a ruler"):
+    with pytest.raises(InputError, match=r"other/features\.json is not the record of a ruler"):
         load_ruler(tmp_path / "other")
 
 

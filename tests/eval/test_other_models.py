@@ -293,7 +293,7 @@ def test_adapters_beside_a_network_are_said_to_be_ignored(tmp_path, capsys):
     [
         ("unet/config.json", {"_class_name": None}, "its config has no _class_name, which must be UNet2DModel or"),
         ("scheduler/scheduler_config.json", {"clip_sample": "false"}, "clip_sample = 'false', which must be true or"),
-        ("scheduler/scheduler_config.json", {"steps_offset": 1.5}, "steps_offset = 1.5, which is no whole number"),
+        ("scheduler/scheduler_config.json", {"steps_offset": 1.5}, "steps_offset = 1.5, which is not a whole number"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": True}, "num_train_timesteps must be a number from"),
         ("unet/config.json", {"new_norm": "rms"}, "UNet2DModel has new_norm = rms, which is not known here"),
         ("unet/config.json", {"_class_name": "UNet2DTomorrow"}, "a UNet2DTomorrow is not supported"),
@@ -364,7 +364,7 @@ def test_numbers_that_are_none_and_channels_that_are_no_picture(tmp_path, capsys
     unet = UNet2DModel.from_pretrained(folder / "unet")
     unet.conv_out.bias.data[0] = torch.nan
     unet.save_pretrained(folder / "unet")
-    assert "its weights hold what is no finite number" in refusal(capsys, write_samples, SampleConfig, *words)
+    assert "its weights contain a value that is not finite" in refusal(capsys, write_samples, SampleConfig, *words)
 
 
 def test_half_precision_folders_are_read_and_other_formats_named(tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_an_array_that_is_taken_away_while_it_is_drawn_is_not_begun_again(teache
 
     monkeypatch.setattr("eval.sample.sample", take_away)
     config = SampleConfig(model=teacher_folder, num_images=2, num_steps=1, output=tmp_path / "x.npy")
-    with pytest.raises(InputError, match=r"cannot write .*x\.npy: .*partial was taken away"):
+    with pytest.raises(InputError, match=r"cannot write .*x\.npy: .*partial was deleted"):
         write_samples(config)
     assert not list(tmp_path.glob("*x.npy*"))
 
@@ -182,7 +182,7 @@ def test_what_the_classifier_lacks_is_said_before_anything_is_drawn(labelled, te
     words = ["--model", teacher_folder, "--teacher", teacher_folder, "--classifier", "true", "--num_images"]
 
     def refuse(*_):
-        raise InputError("MNIST is not to be had")
+        raise InputError("MNIST is not available")
 
     def refusal(count):
         with pytest.raises(SystemExit) as caught:
@@ -193,7 +193,7 @@ def test_what_the_classifier_lacks_is_said_before_anything_is_drawn(labelled, te
     assert refusal("127") == "prog: classifier needs num_images from 128 to 256, not 127\n"
     assert refusal("257") == "prog: classifier needs num_images from 128 to 256, not 257\n"
     monkeypatch.setattr("eval.train_features.load_labelled", refuse)
-    assert refusal("128") == "prog: MNIST is not to be had\n"
+    assert refusal("128") == "prog: MNIST is not available\n"
     ruler = dataclasses.replace(load_ruler(), shape=(14, 14))
     monkeypatch.setattr("eval.fid.load_ruler", lambda *_: ruler)
     monkeypatch.setattr("eval.fid.load_sets", lambda *_: {"train": (), "test": ()})

@@ -307,7 +307,7 @@ def test_a_folder_that_is_taken_away_is_not_made_again(phase, config_path, tmp_p
     with pytest.raises(SystemExit) as caught:
         run_command("prog", run, RunConfig, ["--config", str(config_path)])
     assert caught.value.code == 2
-    assert re.fullmatch(r"prog: cannot write .*run was taken away, or its \.lock\n", capsys.readouterr().err)
+    assert re.fullmatch(r"prog: cannot write .*run was deleted, or its \.lock\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 

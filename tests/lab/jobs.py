@@ -152,7 +152,7 @@ def fork(number: int, job, folder: Path) -> list[int]:
 
 
 def main() -> None:
-    command.SECONDS_TO_SPEAK = 0
+    command.REPORT_DELAY = 0
     torch.manual_seed(0)
     with processes.alone():  # joining the processes is left to the children
         save_teacher(make_unet(TINY), Path(TEACHER))

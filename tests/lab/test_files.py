@@ -33,7 +33,7 @@ def test_mutants_are_read_or_refused_in_one_line():
         ("[" * 100_000, "recursion"),
         ("1" + "0" * 400, "too large a number"),
         ("1e999", "too large a number"),
-        ('"\ud800', "is no JSON"),
+        ('"\ud800', "is not JSON"),
     ],
 )
 def test_json_that_lies_is_refused_in_one_line(text, message):

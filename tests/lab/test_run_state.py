@@ -164,14 +164,14 @@ def test_the_names_of_half_written_files_are_those_that_are_taken_away(tmp_path,
 def test_a_folder_that_was_taken_away_is_refused_once_and_may_then_be_made_anew(tmp_path):
     run = RunState(tmp_path / "run", {})
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=r"cannot write .*run was taken away"):
+    with pytest.raises(InputError, match=r"cannot write .*run was deleted"):
         run.save({})
     assert not (tmp_path / "run").exists()
     RunState(tmp_path / "run", {}).finish()
     run = RunState(tmp_path / "run", {})
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()  # by someone else
-    with pytest.raises(InputError, match="was taken away"):
+    with pytest.raises(InputError, match="was deleted"):
         write_bytes(tmp_path / "run" / "sub" / "x", b"")
     assert not list((tmp_path / "run").iterdir())
 
@@ -182,7 +182,7 @@ def test_a_job_may_begin_where_an_earlier_one_of_this_process_had_its_folder_tak
     RunState(tmp_path / "ladder" / "run", {}).finish()
     lock_folder(tmp_path / "ladder")
     (tmp_path / "ladder").rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="ladder was taken away"):  # between two rungs
+    with pytest.raises(InputError, match="ladder was deleted"):  # between two rungs
         RunState(tmp_path / "ladder" / "next", {})
     assert not (tmp_path / "ladder").exists()
 
@@ -252,7 +252,7 @@ def test_no_room_leaves_no_file_beside(tmp_path, monkeypatch):
 def test_a_folder_that_is_taken_away_is_not_made_again(write, tmp_path):
     run = RunState(tmp_path / "run", {})
     (tmp_path / "run").rename(tmp_path / "away")
-    with pytest.raises(InputError, match=r"cannot write .*: .*run was taken away, or its \.lock"):
+    with pytest.raises(InputError, match=r"cannot write .*: .*run was deleted, or its \.lock"):
         write(run)
     assert not (tmp_path / "run").exists()
 
@@ -265,7 +265,7 @@ def test_an_output_is_a_file_and_a_link_stays_one(tmp_path):
     assert (tmp_path / "real.json").read_text() == "new"
     with pytest.raises(InputError, match="it is a folder"):
         prepare_output(tmp_path)
-    with pytest.raises(InputError, match="it is no regular file"):
+    with pytest.raises(InputError, match="it is not a regular file"):
         prepare_output(Path("/dev/null"))
     with pytest.raises(InputError, match="File name too long"):  # with what it is called as it is being written
         prepare_output(tmp_path / f"{'x' * 245}.json")

@@ -175,7 +175,7 @@ def test_its_memory_is_that_of_a_forward_pass(per_step, reconstruction):
         (torch.randn(4, 1, 15, 15), r"the states at 300 must be \(N, 1, H, W\), alike at all timesteps"),
         (torch.randn(4, 3, 8, 8), r"the states at 300 must be \(N, 1, H, W\)"),
         (torch.randn(0, 1, 8, 8), "the states at 300 must be"),
-        (torch.full((4, 1, 8, 8), torch.nan), "the states at 300 hold what is no finite number"),
+        (torch.full((4, 1, 8, 8), torch.nan), "the states at 300 contain a value that is not finite"),
         (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "the states at 300 must be a tensor of floats"),
         ([0.0], "the states at 300 must be a tensor of floats"),
     ],
@@ -228,7 +228,7 @@ def test_conditions_need_a_row_for_each_state():
     for labels in (torch.tensor([1]), [0, 1, 2, 0], 1):
         with pytest.raises(ValueError, match="class_labels must be a tensor with a row for each of 4 states"):
             calibrate(student, {900: states}, class_labels=labels)
-    with pytest.raises(ValueError, match="class_labels holds what is no finite number"):
+    with pytest.raises(ValueError, match="class_labels contains a value that is not finite"):
         calibrate(student, {900: states}, class_labels=torch.full((4,), torch.nan))
     calibrate(student, {900: states}, class_labels=torch.tensor([0, 1, 2, 0]))
 
@@ -255,7 +255,7 @@ def test_autocast_changes_nothing_and_doubles_are_taken():
 def test_what_is_no_student_is_refused_in_a_sentence():
     unet = make()
     for verb in (freeze, lambda model: calibrate(model, {})):
-        with pytest.raises(ValueError, match="a UNet2DModel is no student"):
+        with pytest.raises(ValueError, match="a UNet2DModel is not a student"):
             verb(unet)
     for options in ({"weight_bits": 4.0}, {"act_bits": 3.5}, {"rank": 2.5}):
         with pytest.raises(ValueError, match="must"):
@@ -267,7 +267,7 @@ def test_what_is_no_student_is_refused_in_a_sentence():
         with pytest.raises(ValueError, match="timestep"):
             quantize(unet, QuantConfig(rank=2), timesteps)
     unet.conv_in.weight.data[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"conv_in\.weight: it holds what is no finite number"):
+    with pytest.raises(ValueError, match=r"conv_in\.weight: it contains a value that is not finite"):
         quantize(unet, QuantConfig(rank=2), [900])
 
 

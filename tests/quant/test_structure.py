@@ -57,7 +57,7 @@ def each_attention(unet, action):
         (nn.DataParallel, "a DataParallel is not supported"),
         (put("forward", lambda *_: None), "UNet2DModel: its forward was replaced$"),
         (prepared, r"its forward was replaced by accelerate: take .*unwrap_model\(unet, keep_fp32_wrapper=False\)"),
-        (cpu_offload, r"conv_in\.weight: it is on the meta device, without numbers"),
+        (cpu_offload, r"conv_in\.weight: it is on the meta device, without values"),
         (put("conv_in._conv_forward", lambda *_: None), "conv_in: its _conv_forward was replaced"),
         (put("conv_norm_out", nn.Identity()), "conv_norm_out: a Identity is there, its class makes a GroupNorm"),
         (put("conv_act", nn.ReLU()), "conv_act: a ReLU is there, its class makes a SiLU"),

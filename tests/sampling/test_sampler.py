@@ -114,7 +114,7 @@ def test_specimen_diffusers_default_carries_the_unclipped_error_on(unet):
 def test_a_model_that_overflows_is_refused(unet):
     broken = copy.deepcopy(unet)
     broken.conv_out.bias.data.fill_(torch.nan)
-    with pytest.raises(InputError, match="the model's answers are no finite numbers"):
+    with pytest.raises(InputError, match="the model's outputs are not finite"):
         sample(broken, Solver(SamplerConfig("ddim", 2)), num_images=1)
 
 

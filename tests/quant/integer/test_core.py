@@ -33,7 +33,7 @@ from quant.integer.binding import (
     available,
     choose,
 )
-from quant.integer.layers import Layers, filled
+from quant.integer.layers import Layers, pad_to_lanes
 from quant.integer.lines import DOUBLING, HALVING, Program
 from quant.integer.model import Moment
 from quant.integer.program import RESAMPLINGS
@@ -188,7 +188,7 @@ class Case:
         """A state as it lies in memory, (H, W, C filled up to 16)."""
         channels, height, width = self.program.shapes[self.states[number]]
         start = self.program.offsets[self.states[number]]
-        return memory[start : start + height * width * filled(channels)].reshape(height, width, -1)
+        return memory[start : start + height * width * pad_to_lanes(channels)].reshape(height, width, -1)
 
     def state(self, memory, number):
         """float32 (1, C, H, W)."""
@@ -702,7 +702,7 @@ def test_an_installation_without_a_core_names_the_other_runtime(monkeypatch, cap
 
 def test_cores_that_are_of_no_use_are_not_said_to_lack_a_compiler(monkeypatch, capsys):
     monkeypatch.setattr(binding, "available", dict)
-    with pytest.raises(ValueError, match="of the integer cores that were built none is of use here: install the pack"):
+    with pytest.raises(ValueError, match="none of the integer cores can be used here: install the pack"):
         choose()
 
 

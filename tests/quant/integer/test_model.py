@@ -378,7 +378,7 @@ def test_libraries_of_other_sources_are_not_used(monkeypatch, capsys):
         binding.available.cache_clear()
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(binding.built())
-    assert all("install the package again: it was built of other sources" in line for line in said)
+    assert all("install the package again: it was built from other sources" in line for line in said)
 
 
 def test_too_little_memory_is_told(frozen, monkeypatch):

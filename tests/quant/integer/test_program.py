@@ -12,7 +12,7 @@ from torch import nn
 from eval.exactness import flipped_shares
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize, to_integer
 from quant.integer.binding import MIRROR_UP, POOL, available
-from quant.integer.layers import IntegerLayer, Layers, dense, filled
+from quant.integer.layers import IntegerLayer, Layers, dense, pad_to_lanes
 from quant.integer.lines import Program
 from quant.integer.program import follow_unet, refuse_unsupported
 from quant.layers import QuantConv2d, QuantLinear
@@ -169,7 +169,7 @@ def test_the_time_embedding_is_followed(options):
 
 def spans(program, states):
     """From where to where each of `states` lies in memory, in order."""
-    sizes = [filled(channels) * height * width for channels, height, width in program.shapes]
+    sizes = [pad_to_lanes(channels) * height * width for channels, height, width in program.shapes]
     return sorted((program.offsets[state], program.offsets[state] + sizes[state]) for state in states)
 
 
@@ -254,7 +254,7 @@ def test_groups_become_zeros(groups):
 def test_weights_are_packed_as_the_core_reads_them(inside, outside):
     layer = make_conv(inside, outside, kernel_size=(3, 2))
     packed = IntegerLayer(0, "", layer, 0, 0)
-    assert packed.weight.shape == (filled(outside) // 16, 3, 2, (inside + 3) // 4, 16, 4)
+    assert packed.weight.shape == (pad_to_lanes(outside) // 16, 3, 2, (inside + 3) // 4, 16, 4)
     assert packed.weight.flags.c_contiguous
     for o, c, y, x in np.ndindex(*layer.codes.shape):
         assert packed.weight[o // 16, y, x, c // 4, o % 16, c % 4] == layer.codes[o, c, y, x]
