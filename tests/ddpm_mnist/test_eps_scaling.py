@@ -84,8 +84,8 @@ def test_a_scheduler_goes_to_disk_and_back(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eps_scale": 0}, "eps_scale = 0, which is no number"),
-        ({"eps_scale": "1.1"}, "eps_scale = '1.1', which is no number"),
+        ({"eps_scale": 0}, "eps_scale = 0, which is not a number"),
+        ({"eps_scale": "1.1"}, "eps_scale = '1.1', which is not a number"),
         ({"_class_name": "DPMSolverMultistepScheduler"}, "eps_scale = 1.06, which is not known here"),
         ({"prediction_type": "v_prediction"}, "eps_scale is a factor on ε, and the model answers v_prediction"),
     ],

@@ -62,7 +62,7 @@ def test_a_message_is_one_line_whatever_it_quotes():
     ("value", "message"),
     [
         (torch.zeros(1).expand(10**12), "larger than what is there"),
-        (torch.tensor(float("nan")), "no finite number"),
+        (torch.tensor(float("nan")), "not finite"),
         (torch.zeros(2, device="meta"), "Tensor does not belong there"),
         ({1, 2}, "set does not belong there"),
         (torch.nn.Parameter(torch.zeros(1)), "Parameter does not belong there"),

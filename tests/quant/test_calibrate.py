@@ -125,7 +125,7 @@ def test_wrong_states_are_refused():
 def test_verbs_out_of_order_are_refused_in_a_sentence():
     unet = make()
     student = calibrated(unet)
-    with pytest.raises(ValueError, match="a frozen student learns no more"):
+    with pytest.raises(ValueError, match="a frozen student cannot be trained"):
         parameter_groups(freeze(student), DistillConfig())
     with pytest.raises(ValueError, match="only a frozen student runs on integers"):
         to_integer(student)
