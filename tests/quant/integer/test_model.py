@@ -241,7 +241,7 @@ def test_only_a_frozen_student_runs_on_integers(student):
 
 def test_a_student_of_half_precision_is_refused(frozen):
     """The core would read its numbers as others."""
-    with pytest.raises(ValueError, match=r"computes in float32, not in torch\.float16: its numbers are rounded"):
+    with pytest.raises(ValueError, match=r"computes in float32, not in torch\.float16: its values were rounded"):
         to_integer(copy.deepcopy(frozen).half())
 
 
