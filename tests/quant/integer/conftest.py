@@ -5,17 +5,12 @@ import torch
 from torch import nn
 
 from quant import freeze
-from quant.integer.binding import ISAS, available
+from quant.integer.binding import available
 
 
-def _on(isa):
-    absent = pytest.mark.skipif(isa not in available(), reason=f"this processor has no {isa}")
-    return pytest.param(isa, marks=absent)
-
-
-@pytest.fixture(scope="session", params=map(_on, ISAS))
+@pytest.fixture(scope="session", params=available())
 def isa(request):
-    """Each instruction set in turn."""
+    """Each instruction set of this processor in turn."""
     return request.param
 
 
