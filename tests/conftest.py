@@ -16,6 +16,19 @@ from finetune.trajectories import make_trajectories
 from quant import QuantConfig, calibrate, quantize
 
 TINY = UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8)
+# A reason to skip a test in CI begins with one of these: what an installation could bring is no reason.
+OF_THE_MACHINE = ("this machine ", "this processor ", "this system ", "this user ")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where FAIL_ON_SKIP is set, a test that is skipped for another reason fails."""
+    report = yield
+    if report.skipped and os.environ.get("FAIL_ON_SKIP"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(OF_THE_MACHINE):
+            report.outcome, report.longrepr = "failed", f"{item.nodeid} was skipped, which CI does not allow: {reason}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -226,7 +226,6 @@ class Fetched(HTMLParser):
 
 @pytest.mark.slow
 def test_the_site_is_built_without_warnings_and_fetches_nothing_from_elsewhere(tmp_path):
-    pytest.importorskip("mkdocs")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

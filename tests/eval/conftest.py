@@ -1,16 +1,16 @@
 import shutil
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium; where it or playwright is missing, what asks for it is skipped."""
-    playwright_api = pytest.importorskip("playwright.sync_api")
+    """Headless Chromium; where it is missing, what asks for it is skipped."""
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("there is no chromium")
-    with playwright_api.sync_playwright() as playwright:
+        pytest.skip("this machine has no chromium")
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()

@@ -87,7 +87,6 @@ def test_wrong_input_gets_one_line_and_exit_code_2(arguments, message, monkeypat
 
 
 def test_a_port_that_is_taken_is_named():
-    pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as server:
         config = DemoConfig(port=server.getsockname()[1])
         with pytest.raises(InputError, match=f"127.0.0.1, port {config.port}: Address already in use"):
@@ -99,7 +98,6 @@ def test_a_port_that_is_taken_is_named():
 @pytest.fixture
 def served(folders, tmp_path, monkeypatch):
     """The address of a page with a student, and with a folder that is no model; the names that its server asks for."""
-    pytest.importorskip("gradio")
     names, look_up = set(), socket.getaddrinfo
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda name, *rest, **more: (names.add(name), look_up(name, *rest, **more))[1]

@@ -13,6 +13,7 @@ import scipy.stats
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -176,8 +177,7 @@ def test_precision_and_recall_equal_scipys_and_torch_fidelitys(count, others, sh
     assert values == pytest.approx(scipy_precision_recall(a, b), abs=1e-12)
     monkeypatch.setattr(metrics, "CELLS", 7 * max(count, others))
     assert precision_recall(a, b, neighbour_radii(b.double())) == whole, "in blocks"
-    fidelity = pytest.importorskip("torch_fidelity.metric_prc")
-    theirs = fidelity.prc_features_to_metric(
+    theirs = prc_features_to_metric(
         a.double(), b.double(), prc_neighborhood=3, prc_batch_size=50, save_cpu_ram=True, verbose=False
     )
     assert values == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 KILLS = Path(__file__).parent / "kills.py"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the seconds of a process")
+@pytest.mark.skipif(sys.platform != "linux", reason="this system has no /proc, which tells the seconds of a process")
 def test_a_killed_job_ends_with_the_bytes_of_an_uninterrupted_one():
     command = [sys.executable, str(KILLS), "--kills", "5", "teacher"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -118,7 +119,6 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
 
 
 def test_a_run_that_is_finished_leaves_its_folder_to_others(tmp_path):
-    fcntl = pytest.importorskip("fcntl")
     run = RunState(tmp_path, {})
     with (tmp_path / ".lock").open() as other:
         with pytest.raises(BlockingIOError):

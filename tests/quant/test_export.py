@@ -236,7 +236,7 @@ def test_weights_whose_products_could_saturate_are_unsigned(w8a8, w4a4, tmp_path
     assert all(types[node.input[1]] == onnx.TensorProto.UINT8 for node in fused)
 
 
-@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="qemu-x86_64 plays the processor without VNNI")
+@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="this machine has no qemu-x86_64 (Debian: qemu-user)")
 def test_nothing_saturates_on_a_processor_without_vnni(w8a8, tmp_path):
     student, path = w8a8
     feed = _feed(_session(path), (8, 8), 500)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.training_utils import EMAModel
@@ -39,8 +40,12 @@ def put(path, value):
 
 def prepared(unet, **options):
     """What a training with accelerate's mixed precision hands back."""
+    AcceleratorState._reset_state()  # the process has one, which the tests of trainings have set otherwise
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    return accelerator.unwrap_model(accelerator.prepare(unet), **options)
+    try:
+        return accelerator.unwrap_model(accelerator.prepare(unet), **options)
+    finally:
+        AcceleratorState._reset_state()
 
 
 def each_attention(unet, action):

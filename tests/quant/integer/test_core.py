@@ -617,7 +617,7 @@ def test_images_are_shared_among_as_many_threads_as_are_asked_for(images):
     assert asked == [4, 3], "one image, or one thread, needs no other"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch may have OpenMP threads of another kind")
+@pytest.mark.skipif(sys.platform != "linux", reason="this system may have OpenMP threads of another kind")
 def test_pytorchs_own_threads_are_found():
     assert binding.openmp() is not None
 

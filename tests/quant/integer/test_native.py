@@ -41,7 +41,8 @@ CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
 def needs(program, package):
-    return pytest.mark.skipif(shutil.which(program) is None, reason=f"no {program} (Debian: {package})")
+    reason = f"this machine has no {program} (Debian: {package})"
+    return pytest.mark.skipif(shutil.which(program) is None, reason=reason)
 
 
 def needs_here(isa):
