@@ -129,19 +129,20 @@ def _assert_equal(model, path, timesteps, sizes=((8, 8),), levels=LEVELS, **opti
                     _assert_close(ours, model(**feed).sample.numpy())
 
 
-# The smallest that still has skip concatenations, a shortcut over the last skip, and attention.
+# The smallest that still has skip concatenations and a shortcut over the last skip; and with attention.
 FLAT = {
     "block_out_channels": (8,),
-    "down_block_types": ("AttnDownBlock2D",),
-    "up_block_types": ("AttnUpBlock2D",),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
     "mid_block_type": None,
 }
+ATTENTION = {**FLAT, "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
 
 
 @pytest.fixture(scope="module")
 def w8a8(tmp_path_factory):
     """A student whose attention projections saturate wherever two products are added in 16 bits, and its graph."""
-    student = _student(_float(**FLAT, num_class_embeds=5), (8, 8), edge_act_bits=8)
+    student = _student(_float(**ATTENTION, num_class_embeds=5), (8, 8), edge_act_bits=8)
     for name, layer in student.layers():
         if "attentions" in name:
             layer.codes.copy_(torch.where(layer.codes < 0, -128, 127))
@@ -154,7 +155,8 @@ def w8a8(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def w4a4(tmp_path_factory):
-    student = _student(_float(sample_size=None, mid_block_type=None), (4, 4), [1700.5, 500, 100.25], edge_act_bits=8)
+    unet = _float(sample_size=None, mid_block_type=None, up_block_types=("UpBlock2D", "UpBlock2D"))
+    student = _student(unet, (4, 4), [1700.5, 500, 100.25], edge_act_bits=8)
     path = tmp_path_factory.mktemp("onnx") / "w4a4.onnx"
     export_onnx(student, path)
     return student, path
@@ -171,7 +173,7 @@ def test_4_bits_of_any_size_at_every_level_of_optimization(w4a4):
 
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 2), (1.58, 3), (2, 8)],
+    [(1, 2), pytest.param(1.58, 3, marks=pytest.mark.slow), pytest.param(2, 8, marks=pytest.mark.slow)],
 )
 def test_few_bits_at_every_level_of_optimization(weight_bits, act_bits, tmp_path):
     student = _student(_float(**FLAT), (weight_bits, act_bits), edge_bits=4, edge_act_bits=4)
@@ -193,23 +195,17 @@ def test_every_timestep_is_answered_as_the_clock_does(name, timesteps, request):
 
 
 def test_inputs_of_16_bits_at_every_level_of_optimization(tmp_path):
-    student = _student(_float(**FLAT), (4, 8))
+    """Of wide steps and of the usual ones: see `_student`."""
+    student = _student(_float(**ATTENTION), (4, 8))
     for _, layer in student.layers():
         if layer.act_quantizer.bits == 16:
             layer.act_quantizer.zero_point.data = torch.tensor([3.0, 40_000.0, 65_535.0])
+            layer.act_quantizer.scale.data[1:] *= 255 / layer.act_quantizer.qmax
     export_onnx(student, tmp_path / "model.onnx")
-    _assert_equal(student, tmp_path / "model.onnx", TIMESTEPS)
+    _assert_equal(student, tmp_path / "model.onnx", TIMESTEPS[:1])
     points = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "Cast"]
     assert any(a.i == onnx.TensorProto.UINT16 for node in points for a in node.attribute if a.name == "to")
-
-
-def test_codes_of_16_bits_of_the_usual_steps(tmp_path):
-    student = _student(_float(**FLAT), (4, 8))
-    for _, layer in student.layers():
-        if layer.act_quantizer.bits == 16:
-            layer.act_quantizer.scale.data *= 255 / layer.act_quantizer.qmax
-    export_onnx(student, tmp_path / "model.onnx")
-    for t in (900, 500, 730):
+    for t in (500, 100, 430):
         _assert_codes_agree(student, tmp_path / "model.onnx", t)
 
 
@@ -251,17 +247,8 @@ numpy.save("{tmp_path}/eps.npy", session.run(None, dict(numpy.load("{tmp_path}/f
         _assert_close(np.load(tmp_path / "eps.npy"), student(**feed).sample.numpy())
 
 
-def test_residual_samplers_and_one_row_of_step_sizes(tmp_path):
-    unet = _float(
-        sample_size=[8, 4],
-        down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type=None,
-        resnet_time_scale_shift="scale_shift",
-        act_fn="gelu",
-        center_input_sample=True,
-    )
-    student = _student(unet, (3, 5), per_step=False)
+def test_one_row_of_step_sizes_and_centred_images_that_are_not_square(tmp_path):
+    student = _student(_float(**FLAT, sample_size=[8, 4], center_input_sample=True), (3, 5), per_step=False)
     export_onnx(student, tmp_path / "model.onnx")
     _assert_equal(student, tmp_path / "model.onnx", (500,), sizes=((8, 4),))
 
@@ -273,7 +260,7 @@ def test_cross_attention_and_half_precision_leave_the_model_alone(tmp_path):
         block_out_channels=(8,),
         cross_attention_dim=12,
         down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
+        up_block_types=("UpBlock2D",),
         mid_block_type=None,
         num_class_embeds=5,
     )
@@ -298,7 +285,8 @@ def test_what_has_no_graph_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="time_cond_proj_dim = 4"):
         export_onnx(_float(UNet2DConditionModel, time_cond_proj_dim=4), path)
     with pytest.raises(ValueError, match=r"cannot export this network: .* Expected 8 in dimension 2 but got 7"):
-        export_onnx(_float(sample_size=7, mid_block_type=None), path)
+        plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        export_onnx(_float(sample_size=7, mid_block_type=None, **plain), path)
     with pytest.raises(ValueError, match="UNet1DModel"):
         export_onnx(UNet1DModel(block_out_channels=(32, 32, 64)), path)
     assert not list(tmp_path.iterdir())
