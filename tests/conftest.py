@@ -85,14 +85,14 @@ def strange_surroundings():
     return strange
 
 
-@pytest.fixture
-def write_config(unet, tmp_path):
-    """Write a configuration whose {teacher} is `unet` in a folder, and whose {output} lies beside it; its path."""
+@pytest.fixture(scope="session")
+def write_config(made_once):
+    """Write `unet` as a teacher and config.yaml, whose {teacher} and {output} lie beside it; the path of the latter."""
 
-    def write(text, output):
-        save_teacher(unet, tmp_path / "teacher")
-        path = tmp_path / f"{output}.yaml"
-        path.write_text(text.format(teacher=tmp_path / "teacher", output=tmp_path / output))
+    def write(folder, text):
+        save_teacher(made_once.unet, folder / "teacher")
+        path = folder / "config.yaml"
+        path.write_text(text.format(teacher=folder / "teacher", output=folder / "run"))
         return path
 
     return write
@@ -103,6 +103,7 @@ def refuse(capsys):
     """Run a command that must refuse its words: exit code 2, one line to stderr, nothing else; that line."""
 
     def refuse(function, config_class, arguments):
+        capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             run_command("prog", function, config_class, arguments)
         assert caught.value.code == 2

@@ -54,7 +54,7 @@ def stored():
 def test_it_runs_from_top_to_bottom_and_its_steps_are_the_ladders(stored, write_config, tmp_path):
     notebook = nbformat.from_dict(stored)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    values = {"CONFIG": str(write_config(TINY, "run")), "UPDATES": 2, "TRAJECTORIES": 4, "NUM_IMAGES": 40}
+    values = {"CONFIG": str(write_config(tmp_path, TINY)), "UPDATES": 2, "TRAJECTORIES": 4, "NUM_IMAGES": 40}
     assert all(f"{name} = " in parameters.source for name in values)
     parameters.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     notebook.cells.append(nbformat.v4.new_code_cell(COMPARE))
