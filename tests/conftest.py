@@ -100,15 +100,18 @@ def write_config(made_once):
 
 @pytest.fixture
 def refuse(capsys):
-    """Run a command that must refuse its words: exit code 2, one line to stderr, nothing else; that line."""
+    """Run a command that must refuse its words: exit code 2, one line to stderr; that line.
 
-    def refuse(function, config_class, arguments):
+    Nothing goes to stdout, unless `late` says that it begins before it can know.
+    """
+
+    def refuse(function, config_class, arguments, late=False):
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             run_command("prog", function, config_class, arguments)
         assert caught.value.code == 2
         captured = capsys.readouterr()
-        assert captured.out == ""
+        assert late or captured.out == ""
         assert captured.err.startswith("prog: ")
         assert captured.err.count("\n") == 1
         return captured.err

@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -16,12 +18,13 @@ from quant.integer.binding import VARIABLE
 
 SMALL = """
 output: {output}
-rungs: [ptq-min-max, talsq, published, w2a4, full-10-steps, for-5-steps]
+rungs: [ptq-min-max, published, w2a4, full-10-steps, for-5-steps]
+seeds: 2
 teacher_steps: [2]
 base:
   teacher: {teacher}
   sampler: {{num_steps: 3}}
-  student: {{rank: 2}}
+  student: {{rank: 2, search: min-max}}
   num_trajectories: 6
   calibration_trajectories: 4
   num_images: 12
@@ -30,36 +33,60 @@ base:
 """
 
 
+@pytest.fixture(scope="module")
+def finished(write_config, tmp_path_factory):
+    """The configuration of a ladder that has been climbed, which no test changes; it lies in `run` beside it."""
+    path = write_config(tmp_path_factory.mktemp("ladder"), SMALL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_command("prog", climb, LadderConfig, ["--config", str(path)])
+    return path
+
+
 @pytest.fixture
-def config_path(write_config):
-    return write_config(SMALL, "ladder")
+def climbed(finished, tmp_path):
+    """The words that go on with a copy of that ladder in `tmp_path / "run"`; its teacher is beside it."""
+    for name in ("run", "teacher"):
+        shutil.copytree(finished.with_name(name), tmp_path / name)
+    words = ["--output", str(tmp_path / "run"), "--base.teacher", str(tmp_path / "teacher")]
+    return ["--config", str(finished), *words]
 
 
-def test_the_ladder_writes_tables_and_pictures(config_path, tmp_path, capsys):
-    run_command("prog", climb, LadderConfig, ["--config", str(config_path)])
-    folder = tmp_path / "ladder"
-    scores = json.loads((folder / "ladder.json").read_text())
-    names = ["ptq-min-max", *["talsq"] * 3, "published", *["w2a4"] * 3, "full-10-steps", "for-5-steps"]
+def scores_of(folder):
+    return json.loads((folder / "ladder.json").read_text())
+
+
+def test_the_ladder_scores_every_distillation_of_every_rung(finished):
+    scores = scores_of(finished.with_name("run"))
+    names = ["ptq-min-max", "published", *["w2a4"] * 2, "full-10-steps", "for-5-steps"]
     assert [score["model"] for score in scores] == ["teacher", "teacher-2-steps", *names]
-    assert [score["num_steps"] for score in scores] == [3, 2, *[3] * 8, 10, 5]
-    assert [score.get("distillation_seed") for score in scores] == [None, None, 0, 0, 1, 2, 0, 0, 1, 2, 0, 0]
+    assert [score["num_steps"] for score in scores] == [3, 2, *[3] * 4, 10, 5]
+    assert [score.get("distillation_seed") for score in scores] == [None, None, 0, 0, 0, 1, 0, 0]
     assert scores[0]["mse_to_teacher"] == 0 < scores[1]["mse_to_teacher"]
     assert len({score["fid"] for score in scores}) == len(scores)
     assert {score["weight_bits"] for score in scores if score["model"] == "w2a4"} == {2}
+
+
+def test_the_ladder_writes_a_table_and_pictures(finished):
+    folder = finished.with_name("run")
     table = (folder / "ladder.md").read_text()
-    assert "| w2a4 | W2A4 | 3 | 3 |" in table
-    assert "| talsq (step5) | W4A4 | 3 | 3 |" in table
+    assert "| w2a4 | W2A4 | 3 | 2 |" in table
+    assert "| ptq-min-max (step2) | W4A4 | 3 | 1 |" in table
     assert "| full-10-steps | W4A4 | 10 | 1 |" in table
     for name in ("grid", "widths", "rungs", "bits", "cost", "errors", "digit", "step_sizes_w2a4"):
         assert matplotlib.image.imread(folder / f"{name}.png")[..., :3].std() > 0.03, name
 
-    # A finished rung is not run again, a new one is added.
-    before = (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns
-    run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["step5", "in-order"]'])
-    assert (folder / "talsq" / "0" / "model.safetensors").stat().st_mtime_ns == before
-    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())][2:] == [*["talsq"] * 3, "in-order"]
-    run_command("prog", climb, LadderConfig, ["--config", str(config_path), "--rungs", '["step1"]'])
-    assert [s["model"] for s in json.loads((folder / "ladder.json").read_text())] == ["teacher", "teacher-2-steps"]
+
+def test_a_finished_rung_is_not_run_again_and_a_new_one_is_added(climbed, tmp_path):
+    student = tmp_path / "run" / "ptq-min-max" / "0" / "model.safetensors"
+    before = student.stat().st_mtime_ns
+    run_command("prog", climb, LadderConfig, [*climbed, "--rungs", '["step2", "in-order"]'])
+    assert student.stat().st_mtime_ns == before
+    assert [s["model"] for s in scores_of(tmp_path / "run")][2:] == ["ptq-min-max", "in-order"]
+
+
+def test_a_ladder_may_be_the_teacher_alone(climbed, tmp_path):
+    run_command("prog", climb, LadderConfig, [*climbed, "--rungs", '["step1"]'])
+    assert [s["model"] for s in scores_of(tmp_path / "run")] == ["teacher", "teacher-2-steps"]
 
 
 def test_a_row_is_the_mean_over_the_distillations_with_their_spread():
@@ -87,59 +114,49 @@ def test_bits_stand_in_the_order_of_their_product():
     assert places == {"3.00": (2, 3.0), "4.00": (1, 4.0), "5.00": (0, 5.0), "ptq": (2, 6.0)}
 
 
-def test_a_finished_rung_of_other_settings_is_refused(config_path, capsys):
-    arguments = ["--config", str(config_path), "--rungs"]
-    for rung in ("ptq-min-max", "talsq"):
-        run_command("prog", climb, LadderConfig, [*arguments, f'["{rung}"]'])
-        with pytest.raises(SystemExit) as caught:
-            run_command("prog", climb, LadderConfig, [*arguments, f'["{rung}"]', "--base.student.rank", "3"])
-        assert caught.value.code == 2
-        assert "was begun with student.rank = 2, now it is 3" in capsys.readouterr().err
+@pytest.mark.parametrize("rung", ["ptq-min-max", "w2a4"])
+def test_a_finished_rung_of_other_settings_is_refused(rung, climbed, refuse):
+    words = [*climbed, "--rungs", f'["{rung}"]', "--base.student.rank", "3"]
+    assert "was begun with student.rank = 2, now it is 3" in refuse(climb, LadderConfig, words, late=True)
 
 
-def test_a_score_of_another_teacher_is_refused(config_path, tmp_path, capsys):
-    arguments = ["--config", str(config_path), "--rungs", '["ptq"]']
-    run_command("prog", climb, LadderConfig, arguments)
-    shutil.rmtree(tmp_path / "ladder" / "ptq")
+def test_a_score_of_another_teacher_is_refused(climbed, tmp_path, refuse):
     path = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     for name, message in (("images.pt", "was drawn with weights = "), ("metrics.json", "has weights = ")):
-        with pytest.raises(SystemExit) as caught:
-            run_command("prog", climb, LadderConfig, arguments)
-        assert caught.value.code == 2
-        assert f"teacher/{name} {message}" in capsys.readouterr().err
-        (tmp_path / "ladder" / "teacher" / "images.pt").unlink()
+        assert f"teacher/{name} {message}" in refuse(climb, LadderConfig, climbed, late=True)
+        (tmp_path / "run" / "teacher" / "images.pt").unlink()
 
 
-def test_images_of_another_drawing_are_refused(config_path, tmp_path, capsys):
-    arguments = ["--config", str(config_path), "--rungs", '["step1"]']
-    run_command("prog", climb, LadderConfig, arguments)
-    teacher = tmp_path / "ladder" / "teacher"
-    (teacher / "metrics.json").unlink()  # as if it had been stopped while it scored
+def test_images_of_another_drawing_are_refused(climbed, tmp_path, refuse):
+    (tmp_path / "run" / "teacher" / "metrics.json").unlink()  # as if it had been stopped while it scored
     for option, name in (("sampler.eps_scale", "eps_scale"), ("score_seed", "seed")):
-        with pytest.raises(SystemExit) as caught:
-            run_command("prog", climb, LadderConfig, [*arguments, f"--base.{option}", "2"])
-        assert caught.value.code == 2
-        assert f"teacher/images.pt was drawn with {name} = " in capsys.readouterr().err
-    run_command("prog", climb, LadderConfig, arguments)
-    for content in ("[1]", "{"):
-        (teacher / "metrics.json").write_text(content)
-        with pytest.raises(SystemExit) as caught:
-            run_command("prog", climb, LadderConfig, arguments)
-        assert caught.value.code == 2
-        assert "teacher/metrics.json holds no score: delete it" in capsys.readouterr().err
+        said = refuse(climb, LadderConfig, [*climbed, f"--base.{option}", "2"])
+        assert f"teacher/images.pt was drawn with {name} = " in said
 
 
-def test_a_student_that_was_not_whole_is_made_again(config_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", ["[1]", "{"])
+def test_a_file_that_holds_no_score_is_refused(content, climbed, tmp_path, refuse):
+    (tmp_path / "run" / "teacher" / "metrics.json").write_text(content)
+    assert "teacher/metrics.json holds no score: delete it" in refuse(climb, LadderConfig, climbed)
+
+
+def test_images_of_another_scheduler_are_refused(climbed, tmp_path, refuse):
+    path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"linear"', '"scaled_linear"'))
+    assert "teacher/images.pt was drawn with scheduler = " in refuse(climb, LadderConfig, climbed)
+
+
+def test_a_student_that_was_not_whole_is_made_again(climbed, tmp_path, monkeypatch):
     def stop(path, value):
         raise KeyboardInterrupt
 
-    arguments, folder = ["--config", str(config_path), "--rungs", '["ptq"]'], tmp_path / "ladder" / "ptq" / "0"
+    words, folder = [*climbed, "--rungs", '["ptq"]'], tmp_path / "run" / "ptq" / "0"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr("finetune.make.write_json", stop)
-        run_command("prog", climb, LadderConfig, arguments)
+        run_command("prog", climb, LadderConfig, words)
     assert (folder / "state" / "latest.pt").is_file()
-    run_command("prog", climb, LadderConfig, arguments)
+    run_command("prog", climb, LadderConfig, words)
     assert (folder / "scheduler" / "scheduler_config.json").is_file()
 
 
@@ -157,28 +174,18 @@ def test_every_rung_is_a_configuration_of_its_own(tmp_path):
     assert evaluations == {base.distill.batch_size * base.distill.rollout_steps}
 
 
-def test_where_integers_cannot_run_help_is_given_and_nothing_starts(config_path, tmp_path, capsys, monkeypatch):
+def test_where_integers_cannot_run_nothing_starts(finished, tmp_path, refuse, monkeypatch):
     monkeypatch.setenv(VARIABLE, "mmx")
-    for arguments, code in ((["--help"], 0), (["--config", str(config_path)], 2)):
-        with pytest.raises(SystemExit) as caught:
-            run_command("prog", climb, LadderConfig, arguments)
-        assert caught.value.code == code
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert f'as runtime "integer": {VARIABLE}: this processor has no "mmx"' in err
-    assert not (tmp_path / "ladder").exists()
+    said = refuse(climb, LadderConfig, ["--config", str(finished), "--output", str(tmp_path / "run")])
+    assert f'as runtime "integer": {VARIABLE}: this processor has no "mmx"' in said
+    assert not (tmp_path / "run").exists()
 
 
-def test_images_of_another_scheduler_are_refused(config_path, tmp_path, capsys):
-    arguments = ["--config", str(config_path), "--rungs", '["ptq"]']
-    run_command("prog", climb, LadderConfig, arguments)
-    shutil.rmtree(tmp_path / "ladder" / "ptq")
-    path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
-    path.write_text(path.read_text().replace('"linear"', '"scaled_linear"'))
+def test_where_integers_cannot_run_help_is_given(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "mmx")
     with pytest.raises(SystemExit) as caught:
-        run_command("prog", climb, LadderConfig, arguments)
-    assert caught.value.code == 2
-    assert "teacher/images.pt was drawn with scheduler = " in capsys.readouterr().err
+        run_command("prog", climb, LadderConfig, ["--help"])
+    assert caught.value.code == 0
 
 
 @pytest.mark.parametrize(
