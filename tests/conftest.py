@@ -37,14 +37,24 @@ def same_random_numbers():
 
 
 @pytest.fixture(scope="session")
-def made_once():
-    """`unet`, `buffer` and `student`, for tests that change none of them."""
-    torch.manual_seed(0)
-    unet, solver = make_unet(TINY).eval().requires_grad_(False), Solver(SamplerConfig(num_steps=6))
-    buffer = make_trajectories(unet, solver, count=8, seed=0)
-    student = quantize(unet, QuantConfig(rank=2), solver.timesteps.tolist())
-    calibrate(student, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
-    return SimpleNamespace(unet=unet, buffer=buffer, student=student)
+def make_models():
+    """A function that makes `unet`, `buffer` and `student` for images of a size."""
+
+    def make(size):
+        torch.manual_seed(0)
+        unet, solver = make_unet(TINY, size=size).eval().requires_grad_(False), Solver(SamplerConfig(num_steps=6))
+        buffer = make_trajectories(unet, solver, count=8, seed=0)
+        student = quantize(unet, QuantConfig(rank=2), solver.timesteps.tolist())
+        calibrate(student, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
+        return SimpleNamespace(unet=unet, buffer=buffer, student=student)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made_once(make_models):
+    """`unet`, `buffer` and `student` of images of the released ruler's size, for tests that change none of them."""
+    return make_models(28)
 
 
 @pytest.fixture

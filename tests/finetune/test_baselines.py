@@ -11,9 +11,14 @@ from finetune.trajectories import make_trajectories
 from quant import QuantConfig
 
 
+@pytest.fixture(scope="module")
+def made_once(make_models):
+    return make_models(8)
+
+
 @pytest.fixture
 def images():
-    return torch.randint(0, 256, (40, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(0, 256, (40, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -83,7 +88,7 @@ def test_the_denoising_loss_is_that_of_diffusers_noise(student, solver, images, 
     generator = torch.Generator().manual_seed(3)
     who = torch.randint(len(images), (7,), generator=generator)
     torch.randint(6, (7,), generator=generator)
-    eps = torch.randn(7, 1, 28, 28, generator=generator)
+    eps = torch.randn(7, 1, 8, 8, generator=generator)
     x0 = images[who, None].float() / 127.5 - 1
     torch.testing.assert_close(seen["x"], scheduler.add_noise(x0, eps, seen["t"]))
     assert loss.item() == pytest.approx(eps.square().mean().item(), rel=1e-5)
