@@ -16,8 +16,8 @@ SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
 
 
 def config(**fields):
-    distill = DistillConfig(num_updates=2, batch_size=2)
-    sampler, student = SamplerConfig(num_steps=3), QuantConfig(rank=2)
+    distill = DistillConfig(num_updates=2, batch_size=2, rollout_steps=2)
+    sampler, student = SamplerConfig(num_steps=2), QuantConfig(rank=2, search="min-max")
     return RunConfig(
         num_trajectories=6, calibration_trajectories=4, distill=distill, sampler=sampler, student=student, **fields
     )
@@ -51,17 +51,27 @@ def test_an_output_is_a_folder_for_the_commands_and_goes_on(unet, tmp_path):
         distill_unet(unet, DDIMScheduler(), 4, 4, config=config(), output=tmp_path / "student")
 
 
-def test_text_and_given_states():
+@pytest.fixture
+def conditioned():
     torch.manual_seed(0)
-    attention = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
-    unet = UNet2DConditionModel(cross_attention_dim=6, attention_head_dim=4, **SMALL, **attention)
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D"] * 2}
+    return UNet2DConditionModel(cross_attention_dim=6, attention_head_dim=4, mid_block_type=None, **SMALL, **blocks)
+
+
+@pytest.mark.filterwarnings("ignore:.*UNet2DConditionModel is not supported on integers")
+def test_a_student_of_a_network_with_text_follows_the_text(conditioned):
     text = torch.randn(2, 3, 6)
-    student = distill_unet(unet, DDIMScheduler(), config=config(), encoder_hidden_states=text)
+    student = distill_unet(conditioned, DDIMScheduler(), config=config(), encoder_hidden_states=text)
     x = torch.randn(2, 4, 8, 8)
     first, second = (student(x, 666, encoder_hidden_states=prompts).sample for prompts in (text, text.flip(0)))
     assert first.shape == x.shape and not torch.equal(first, second)
-    states = {0.5: torch.randn(3, 4, 8, 8), 7.25: torch.randn(3, 4, 8, 8)}
-    student = distill_unet(unet, DDIMScheduler(), config=config(), states=states, encoder_hidden_states=text[[0, 1, 0]])
+
+
+@pytest.mark.filterwarnings("ignore:.*UNet2DConditionModel is not supported on integers")
+def test_states_may_be_given_and_conditions_need_a_row_for_each(conditioned):
+    text, states = torch.randn(3, 3, 6), {0.5: torch.randn(3, 4, 8, 8), 7.25: torch.randn(3, 4, 8, 8)}
+    options = {"config": config(), "states": states}
+    student = distill_unet(conditioned, DDIMScheduler(), **options, encoder_hidden_states=text)
     assert student.clock.timesteps == [0.5, 7.25]
     with pytest.raises(ValueError, match="each condition M rows"):
-        distill_unet(unet, DDIMScheduler(), config=config(), states=states, encoder_hidden_states=text)
+        distill_unet(conditioned, DDIMScheduler(), **options, encoder_hidden_states=text[:2])
