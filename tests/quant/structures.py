@@ -85,6 +85,9 @@ STRUCTURES = {
 }  # fmt: skip
 # Parts that meet in a way of their own.
 COMBINATIONS = {
+    "odd channels": (
+        PLAIN, {"block_out_channels": (9, 15), "norm_num_groups": 3, "attention_head_dim": 3, "sample_size": (6, 12)},
+    ),
     "heads that leave channels out": (PLAIN, {"attention_head_dim": 5, "downsample_padding": 0}),
     "Fourier times, classes as times": (PLAIN, {"time_embedding_type": "fourier", "class_embed_type": "timestep"}),
     "learned times, classes as times": (

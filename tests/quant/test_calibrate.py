@@ -273,7 +273,7 @@ def test_what_is_no_student_is_refused_in_a_sentence():
 
 def test_of_two_threads_that_calibrate_a_student_one_is_refused(unet):
     student = quantize(unet, QuantConfig(rank=1), [500])
-    states, together, refused = {500: torch.randn(2, 1, 28, 28)}, threading.Barrier(2), []
+    states, together, refused = {500: torch.randn(2, 1, 10, 10)}, threading.Barrier(2), []
 
     def work():
         together.wait()

@@ -148,15 +148,15 @@ def test_bits_are_read_as_they_are_written(word, bits):
 )
 def test_few_bits_are_named_in_the_summary(unet, weight_bits, act_bits, name):
     model = quantize(unet, QuantConfig(weight_bits, act_bits), [9])
-    assert set(shares(summarise(model, (1, 28, 28)))) == {name, "W8A16", "float"}
-    assert next(iter(shares(summarise(model, (1, 28, 28))))) == name, "in the order of their bits"
+    assert set(shares(summarise(model, (1, 10, 10)))) == {name, "W8A16", "float"}
+    assert next(iter(shares(summarise(model, (1, 10, 10))))) == name, "in the order of their bits"
 
 
 @pytest.mark.parametrize("weight_bits", [1, 1.58, 2])
 def test_a_student_of_few_bits_learns_to_be_closer_to_its_teacher(unet, weight_bits):
     """All that is learned has a gradient, and 30 updates lower the error."""
     torch.manual_seed(0)
-    x, t = torch.randn(8, 1, 28, 28), torch.tensor([700, 20] * 4)
+    x, t = torch.randn(8, 1, 10, 10), torch.tensor([700, 20] * 4)
     model = quantize(unet, QuantConfig(weight_bits, 4), [700, 20])
     calibrate(model, {700: x, 20: x})
     target = unet(x, t).sample
@@ -177,7 +177,7 @@ def test_a_student_of_few_bits_learns_to_be_closer_to_its_teacher(unet, weight_b
 
 def test_calibration_needs_the_clocks_timesteps(unet):
     with pytest.raises(ValueError, match=r"calibration needs states at \[9, 5\], not at \[9\]"):
-        calibrate(quantize(unet, QuantConfig(), [9, 5]), {9: torch.randn(2, 1, 28, 28)})
+        calibrate(quantize(unet, QuantConfig(), [9, 5]), {9: torch.randn(2, 1, 10, 10)})
 
 
 def test_only_a_calibrated_student_can_be_frozen(unet):
@@ -223,14 +223,14 @@ def test_a_student_goes_into_diffusers_pipeline(student):
     pipeline = DDIMPipeline(unet=student, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(2, num_inference_steps=6, use_clipped_model_output=True, output_type="np").images
-    assert images.shape == (2, 28, 28, 1)
+    assert images.shape == (2, 10, 10, 1)
 
 
 def test_multiply_accumulates_equal_torchs_flop_counter(student, unet):
-    rows = summarise(student, (1, 28, 28))
+    rows = summarise(student, (1, 10, 10))
     # The counter sees attention's products only where they are plain matrix products.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        unet(torch.zeros(1, 1, 28, 28), 5)
+        unet(torch.zeros(1, 1, 10, 10), 5)
     products = sum(row.macs for row in rows if row.kind == "attention products")
     assert products > 0
     assert 2 * sum(row.macs for row in rows) == counter.get_total_flops()

@@ -51,38 +51,15 @@ def by_hand(unet):
     return freeze(uncalibrated(student))
 
 
-UNETS = [
-    ({"block_out_channels": (8, 16, 24), "layers_per_block": 2, "attention_head_dim": 4}, (16, 16)),
-    ({"block_out_channels": (20, 20), "norm_num_groups": 5, "attention_head_dim": 10}, (12, 20)),
-    ({"block_out_channels": (8, 8), "mid_block_type": None, "norm_num_groups": 2}, (8, 8)),
-    ({"block_out_channels": (8, 24), "add_attention": False, "flip_sin_to_cos": False, "freq_shift": 1}, (8, 8)),
-    ({"block_out_channels": (9, 15), "norm_num_groups": 3, "attention_head_dim": 3, "norm_eps": 0.01}, (6, 12)),
-    ({"block_out_channels": (8, 16), "downsample_padding": 0}, (16, 12)),
-    ({"block_out_channels": (8, 12), "attention_head_dim": 12}, (6, 8)),
-]
-
-
-@pytest.fixture(params=[True, False], ids=["split skips", "whole skips"])
-def followed(options, size, request):
-    """A frozen student at 8 bits of a UNet, and images."""
-    depth = len(options["block_out_channels"])
-    unet = make_unet(size, *["DownBlock2D"] * (depth - 1), "AttnDownBlock2D", **options)
-    x = torch.randn(4, 3, *size)
-    return make_frozen(unet, QuantConfig(8, 8, split_skips=request.param), x), x
-
-
-@pytest.mark.parametrize(("options", "size"), UNETS)
-def test_other_unets_are_followed_by_their_structure(followed):
-    frozen, x = followed
+def test_whole_skips_are_followed():
+    """Those of a student whose shortcuts have one quantizer for both halves."""
+    unet, x = make_unet(8, "DownBlock2D", "AttnDownBlock2D", block_out_channels=(8, 16)), torch.randn(4, 3, 8, 8)
+    frozen = make_frozen(unet, QuantConfig(8, 8, split_skips=False), x)
+    assert not any(name.endswith(".skip") for name, _ in frozen.layers())
     with torch.no_grad():
         expected = frozen(x, 700).sample
     actual = to_integer(frozen)(x, 700).sample
     assert (actual - expected).square().mean().sqrt() < 3e-2 * expected.square().mean().sqrt()
-
-
-@pytest.mark.parametrize(("options", "size"), UNETS)
-def test_every_layer_of_other_unets_makes_the_simulations_codes(followed):
-    frozen, x = followed
     shares = flipped_shares(frozen, x, 700)
     assert shares.keys() == dict(frozen.layers()).keys()
     assert np.mean([*shares.values()]) < 1e-3
@@ -90,11 +67,11 @@ def test_every_layer_of_other_unets_makes_the_simulations_codes(followed):
 
 @pytest.mark.parametrize(
     ("weight_bits", "act_bits"),
-    [(1, 2), (1, 4), (1.58, 2), (2, 2), (2, 3), (2, 4)],
+    [(1, 2), (1, 4), (1.58, 2), (2, 2), (2, 3)],
 )
 def test_few_bits_run_as_the_simulation_from_the_disk(weight_bits, act_bits, tmp_path):
     """But for what a code on the other side of a border changes. On every instruction set with the same bytes."""
-    unet, x = make_unet(16, "DownBlock2D", "AttnDownBlock2D", block_out_channels=(8, 24)), torch.randn(12, 3, 16, 16)
+    unet, x = make_unet(8, "DownBlock2D", "AttnDownBlock2D", block_out_channels=(8, 24)), torch.randn(12, 3, 8, 8)
     frozen = make_frozen(unet, QuantConfig(weight_bits, act_bits, edge_bits=4, edge_act_bits=4), x)
     assert max(flipped_shares(frozen, x, 700).values()) < 1e-3
     with torch.no_grad():
@@ -149,7 +126,7 @@ def test_16_bits_are_two_digits_of_8():
 def test_the_time_embedding_is_followed(options):
     defaults = {"block_out_channels": (8, 24), "norm_num_groups": 1}
     unet = make_unet(8, "DownBlock2D", "DownBlock2D", **defaults | options)
-    student = make_frozen(unet, QuantConfig(8, 8), torch.randn(2, 3, 8, 8))
+    student = make_frozen(unet, QuantConfig(8, 8, search="min-max"), torch.randn(2, 3, 8, 8))
     model = to_integer(student)
     for t in map(torch.tensor, (0, 3, 431.25, 999)):
         added = {}
@@ -159,7 +136,8 @@ def test_the_time_embedding_is_followed(options):
                 module.register_forward_hook(lambda _, inputs, output, keep=keep: keep(output[0]))
         with torch.no_grad():
             student(torch.zeros(1, 3, 8, 8), t)
-        moment = model._moment(t.item(), None)
+        model(torch.zeros(1, 3, 8, 8), t)
+        moment = model.moments[t.item(), None]
         assert len(added) == 8
         for layer in model.layers.values():
             actual = torch.from_numpy(moment.offsets[layer.channels] - layer.bias)
@@ -185,7 +163,7 @@ def check_places(program, results, given=(0,)):
 
 def test_states_that_are_needed_at_once_do_not_overlap(frozen):
     model = to_integer(frozen)
-    program = follow_unet(model.student.unet, model.layers, 28, 28)
+    program = follow_unet(model.student.unet, model.layers, 10, 10)
     last = program.lines[-1].target
     check_places(program, [last])
     check_places(model.time.program, model.time.added.values())
@@ -206,8 +184,8 @@ def test_states_that_are_given_do_not_overlap(options):
 @pytest.mark.parametrize(
     ("channels", "size", "message"),
     [
-        (2, (28, 28), "the sample must have 1 channels, not 2"),
-        (1, (27, 27), r"a skip of \(27, 27\) pixels meets \(28, 28\)"),
+        (2, (10, 10), "the sample must have 1 channels, not 2"),
+        (1, (9, 9), r"a skip of \(9, 9\) pixels meets \(10, 10\)"),
         (1, (1, 1), r"a skip of \(1, 1\) pixels meets \(2, 2\)"),
     ],
 )
@@ -270,16 +248,16 @@ def test_a_linear_layer_is_a_convolution_of_one_pixel():
     assert (packed.weight[0, 0, 0, 1, :3, 0] == layer.codes[:, 4].numpy()).all()
 
 
-@pytest.mark.parametrize("size", [(28, 28), (9, 7), (5, 12)])
 @pytest.mark.parametrize("pad_end", [0, 1])
 @pytest.mark.parametrize(
     "options", [{"kernel_size": 3, "padding": 1, "stride": 2}, {"kernel_size": (2, 5), "dilation": (3, 1)}]
 )
-def test_the_size_of_an_output_is_torchs(options, size, pad_end):
+def test_the_size_of_an_output_is_torchs(options, pad_end):
     layer = make_conv(1, 1, **options)
-    padded = nn.functional.pad(torch.zeros(1, 1, *size), (0, pad_end, 0, pad_end))
-    expected = nn.functional.conv2d(padded, layer.codes.float(), None, *layer.geometry).shape[2:]
-    assert IntegerLayer(0, "", layer, pad_end, 0).output_size(*size) == expected
+    for size in ((10, 10), (9, 7), (5, 12)):
+        padded = nn.functional.pad(torch.zeros(1, 1, *size), (0, pad_end, 0, pad_end))
+        expected = nn.functional.conv2d(padded, layer.codes.float(), None, *layer.geometry).shape[2:]
+        assert IntegerLayer(0, "", layer, pad_end, 0).output_size(*size) == expected
 
 
 @pytest.mark.parametrize(
@@ -292,17 +270,9 @@ def test_the_size_of_an_output_is_torchs(options, size, pad_end):
         ("conv_act", nn.ReLU(), "conv_act: a ReLU is not supported"),
         ("mid_block", nn.Identity(), "mid_block: a Identity is not supported"),
         ("up_blocks.0", nn.Identity(), r"up_blocks\.0: a Identity is not supported"),
-        (
-            "mid_block.resnets.1.nonlinearity",
-            nn.GELU("tanh"),
-            r"mid_block\.resnets\.1: a GELU by tanh is not supported",
-        ),
+        ("mid_block.resnets.1.nonlinearity", nn.GELU("tanh"), r"mid_block\.resnets\.1: a GELU by tanh is not"),
         ("mid_block.attentions.0.norm_q", nn.Identity(), r"mid_block\.attentions\.0: a norm of queries or keys"),
-        (
-            "down_blocks.0.downsamplers.0.norm",
-            nn.Identity(),
-            r"down_blocks\.0\.downsamplers\.0: resampling with a norm",
-        ),
+        ("down_blocks.0.downsamplers.0.norm", nn.Identity(), r"down_blocks\.0\.downsamplers\.0: resampling with a"),
         (
             "mid_block.resnets.0.upsample",
             nn.Upsample(scale_factor=3),
