@@ -203,7 +203,7 @@ def test_a_network_without_classes_takes_no_labels(frozen, buffer):
 
 
 def test_threads_may_share_a_model(frozen, buffer):
-    x, timesteps = buffer.x[:1, 2], range(0, 960, 20)
+    x, timesteps = buffer.x[:1, 2], range(0, 960, 60)
     expected = [to_integer(frozen)(x, t).sample for t in timesteps]
     shared, interval = to_integer(frozen), sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
