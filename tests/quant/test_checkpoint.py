@@ -18,18 +18,16 @@ def folder(student, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("weight_bits", "act_bits"),
-    [(1, 2), (1, 4), (1.58, 2), (2, 2), (2, 4), (3, 3), (4, 4), (5, 5), (8, 8)],
-)
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(1, 2), (1.58, 4), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8)])
 def test_a_student_comes_back_bit_for_bit_in_its_real_bits(unet, solver, buffer, tmp_path, weight_bits, act_bits):
-    student = quantize(unet, QuantConfig(weight_bits, act_bits, rank=2), solver.timesteps.tolist())
-    calibrate(student, {t: buffer.x[:, step] for step, t in enumerate(solver.timesteps.tolist())})
+    timesteps = solver.timesteps[:2].tolist()
+    student = quantize(unet, QuantConfig(weight_bits, act_bits, rank=2, search="min-max"), timesteps)
+    calibrate(student, {t: buffer.x[:, step] for step, t in enumerate(timesteps)})
     nn.init.normal_(next(student.layers())[1].lora_b)
     frozen = freeze(student)
     frozen.save_pretrained(tmp_path)
     loaded = QuantizedUNet.from_pretrained(tmp_path)
-    x, t = buffer.x[:, 2], torch.tensor([*student.clock.timesteps, 500, 3])[: len(buffer.x)]
+    x, t = buffer.x[:, 2], torch.tensor([*timesteps, 500, 3] * 2)
     with torch.no_grad():
         assert torch.equal(loaded(x, t).sample, frozen(x, t).sample)
     saved = load_file(tmp_path / "model.safetensors")

@@ -16,10 +16,12 @@ import quant
 from quant.context import plain_torch
 from quant.summary import summarise
 
-TIMESTEPS = [900, 400.5, 20]
-FOURIER = {"time_embedding_type": "fourier", "sample_size": 8, "in_channels": 1, "out_channels": 1}
-SMALL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
-BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+TIMESTEPS = [400.5, 20]
+SMALL = {
+    "time_embedding_type": "fourier", "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,),
+    "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8, "mid_block_type": None,
+    "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",),
+}  # fmt: skip
 
 
 def digest(tensors):
@@ -30,7 +32,7 @@ def every_verb(folder, surrounding):
     """What each verb makes of the same network and the same states, as digests."""
     with plain_torch():
         torch.manual_seed(1)
-        unet = UNet2DModel(**FOURIER, **SMALL, **BLOCKS).eval()
+        unet = UNet2DModel(**SMALL).eval()
         states = {t: torch.randn(4, 1, 8, 8) for t in TIMESTEPS}
         times = (20, 333.3, [0.7, 20.5, 700.0, 900.0], torch.tensor([20, 400, 400, 900]))
     x, given = states[20], {name: value.clone() for name, value in unet.state_dict().items()}
@@ -77,19 +79,19 @@ def usual(tmp_path_factory):
     "surrounding",
     [
         lambda: default_dtype(torch.float64),
-        lambda: default_dtype(torch.bfloat16),
         lambda: torch.device("meta"),
         lambda: torch.autocast("cpu", dtype=torch.bfloat16),
         torch.inference_mode,
         torch.no_grad,
         lambda: reduced_precision(),
     ],
-    ids=["float64", "bfloat16", "meta", "autocast", "inference_mode", "no_grad", "medium precision"],
+    ids=["float64", "meta", "autocast", "inference_mode", "no_grad", "medium precision"],
 )
 def test_every_verb_gives_the_same_bytes(surrounding, usual, tmp_path):
     assert every_verb(tmp_path, surrounding) == usual
 
 
+@pytest.mark.slow
 def test_the_defaults_of_the_importing_process_have_no_influence(usual, tmp_path):
     program = (
         "import contextlib, json, sys, torch\n"
