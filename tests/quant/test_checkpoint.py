@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -9,13 +10,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from quant import QuantConfig, QuantizedUNet, calibrate, freeze, quantize
-from quant.checkpoint import _digest
 
 
 @pytest.fixture
 def folder(student, tmp_path):
     freeze(student).save_pretrained(tmp_path)
     return tmp_path
+
+
+def write_honestly(folder, config):
+    """Write config.json with the digest of what it says and of the weights."""
+    said = {key: value for key, value in config.items() if key != "sha256"}
+    content = json.dumps(said, sort_keys=True).encode() + (folder / "model.safetensors").read_bytes()
+    (folder / "config.json").write_text(json.dumps({**said, "sha256": hashlib.sha256(content).hexdigest()}))
 
 
 @pytest.mark.parametrize(("weight_bits", "act_bits"), [(1, 2), (1.58, 4), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8)])
@@ -98,10 +105,8 @@ def test_an_altered_config_is_refused(folder, change, message):
     ],
 )
 def test_files_that_do_not_fit_each_other_are_refused(folder, change, message):
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | change
-    config["sha256"] = _digest(config, (folder / "model.safetensors").read_bytes())
-    path.write_text(json.dumps(config))
+    config = json.loads((folder / "config.json").read_text()) | change
+    write_honestly(folder, config)
     with pytest.raises(ValueError, match=message):
         QuantizedUNet.from_pretrained(folder)
 
@@ -127,13 +132,11 @@ def test_codes_that_are_not_mid_rise_are_not_read_as_if_they_were(unet, solver, 
     student = quantize(unet, QuantConfig(2, rank=2), solver.timesteps.tolist())
     student.unet.conv_in.act_quantizer.scale.data.fill_(0.1)
     freeze(student).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
     for code in config["codes"].values():
         assert code.pop("step") == (2 if code["bits"] == 2 else 1)
         code |= {} if step is None else {"step": step}
-    config["sha256"] = _digest(config, (tmp_path / "model.safetensors").read_bytes())
-    path.write_text(json.dumps(config))
+    write_honestly(tmp_path, config)
     with pytest.raises(ValueError, match=r"\.codes: this version reads no codes of 2 bits that are 1 apart"):
         QuantizedUNet.from_pretrained(tmp_path)
 
