@@ -3,6 +3,35 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 
+from ddpm_mnist.unet import save_teacher
+from quant import freeze
+
+
+@pytest.fixture(scope="session")
+def saved(made_once, tmp_path_factory):
+    """A folder with a teacher and a student, which no test changes."""
+    folder = tmp_path_factory.mktemp("models")
+    save_teacher(made_once.unet, folder / "teacher")
+    freeze(made_once.student).save_pretrained(folder / "student")
+    shutil.copytree(folder / "teacher" / "scheduler", folder / "student" / "scheduler")
+    return folder
+
+
+@pytest.fixture
+def teacher_folder(saved):
+    return str(saved / "teacher")
+
+
+@pytest.fixture
+def student_folder(saved):
+    return str(saved / "student")
+
+
+@pytest.fixture
+def own_student(saved, tmp_path):
+    """The folder of a student that a test may change."""
+    return shutil.copytree(saved / "student", tmp_path / "student")
+
 
 @pytest.fixture(scope="module")
 def browser():

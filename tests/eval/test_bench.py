@@ -1,10 +1,13 @@
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from ddpm_mnist.lab.command import run_command
 from ddpm_mnist.unet import PRETRAINED, save_teacher
@@ -12,20 +15,16 @@ from eval.bench import benchmark as bench
 from eval.export import ExportConfig, export
 from eval.models import load_model
 from eval.plots import speed_chart
-from quant import QuantizedUNet, freeze
+from quant import QuantizedUNet
 from quant.integer.binding import VARIABLE, available, choose
 
 
 @pytest.fixture
-def folders(unet, student, tmp_path):
-    save_teacher(unet, tmp_path / "teacher")
-    freeze(student).save_pretrained(tmp_path / "student")
-    return {"teacher": str(tmp_path / "teacher"), "student": str(tmp_path / "student")}
+def run_benchmark(teacher_folder, student_folder, tmp_path, monkeypatch, capsys):
+    """Runs it with these arguments: what it writes, JSON and Markdown.
 
-
-@pytest.fixture
-def run_benchmark(folders, tmp_path, monkeypatch, capsys):
-    """Runs it with these arguments: what it writes, JSON and Markdown. But for what takes minutes to compile."""
+    But for what takes minutes to compile, and for the process whose first image is timed.
+    """
     every_runtime = bench.torch_runtimes
 
     def quick_runtimes(*arguments):
@@ -33,10 +32,11 @@ def run_benchmark(folders, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "torch_runtimes", quick_runtimes)
     monkeypatch.setattr(bench, "onnx_runtimes", lambda teacher, student, solver, folder: {})
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout="0.5 0.25"))
 
     def run(*arguments):
         output = tmp_path / "bench.json"
-        models = ("--student", folders["student"], "--teacher", folders["teacher"])
+        models = ("--student", student_folder, "--teacher", teacher_folder)
         options = [*models, "--rounds", "2", "--output", str(output), *arguments]
         run_command("prog", bench.benchmark, bench.BenchConfig, options)
         table = output.with_suffix(".md").read_text()
@@ -46,7 +46,7 @@ def run_benchmark(folders, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_benchmark_writes_a_row_per_runtime_and_batch_size(run_benchmark, tmp_path):
+def test_the_benchmark_writes_a_row_per_runtime_and_batch_size(run_benchmark, saved, tmp_path):
     content, table = run_benchmark("--batch_sizes", "[1,3]")
     rows = content["rows"]
     runtimes = [("eager", "teacher"), ("eager-bfloat16", "teacher"), ("simulated", "student"), ("integer", "student")]
@@ -57,10 +57,10 @@ def test_the_benchmark_writes_a_row_per_runtime_and_batch_size(run_benchmark, tm
         assert row["images_per_second"] == pytest.approx(
             row["batch_size"] / (row["milliseconds_per_step"] * 20e-3), rel=0.05
         )
-    assert content["bytes_on_disk"]["student"] == (tmp_path / "student" / "model.safetensors").stat().st_size
+    assert content["bytes_on_disk"]["student"] == (saved / "student" / "model.safetensors").stat().st_size
     assert content["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert content["machine"]["isa"] == choose().isa
-    assert content["seconds_to_first_image"].keys() == {"load", "first_image"}
+    assert content["seconds_to_first_image"] == {"load": 0.5, "first_image": 0.25}
     assert 0 < content["integer_step"]["share_outside_integer_products"] < 1
     assert "| integer | student |" in table
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -78,8 +78,7 @@ def test_the_chart_has_a_bar_for_every_runtime_at_the_largest_batch_size():
     assert f"{largest} at a time" in axis.get_xlabel()
 
 
-def test_the_benchmark_sets_every_instruction_set_of_the_processor_side_by_side(run_benchmark, monkeypatch):
-    monkeypatch.setattr(bench, "_first_image", lambda config: {})
+def test_the_benchmark_sets_every_instruction_set_of_the_processor_side_by_side(run_benchmark):
     content, table = run_benchmark("--batch_sizes", "[2]", "--isa", "all")
     best, *rest = available()
     on_integers = [row["runtime"] for row in content["rows"] if row["runtime"].startswith("integer")]
@@ -90,7 +89,6 @@ def test_the_benchmark_sets_every_instruction_set_of_the_processor_side_by_side(
 
 
 def test_the_benchmark_takes_the_instruction_set_that_is_named(run_benchmark, monkeypatch):
-    monkeypatch.setattr(bench, "_first_image", lambda config: {})
     content, table = run_benchmark("--batch_sizes", "[1]", "--isa", "portable")
     assert content["machine"]["isa"] == "portable"
     assert "| integer | student |" in table
@@ -98,21 +96,36 @@ def test_the_benchmark_takes_the_instruction_set_that_is_named(run_benchmark, mo
     assert bench.BenchConfig().isas() == ["portable"]
 
 
-def test_the_released_w4a4_student_takes_a_seventh_of_its_teachers_bytes(tmp_path):
-    sizes = bench._bytes_on_disk(bench.BenchConfig("w4a4"), tmp_path)
-    assert sizes["teacher"] == (PRETRAINED / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    assert 7 * sizes["student"] <= sizes["teacher"]
+@pytest.mark.slow
+def test_a_student_draws_its_first_image_in_a_new_process(run_benchmark, monkeypatch):
+    monkeypatch.setattr(bench.subprocess, "run", subprocess.run)
+    content, _ = run_benchmark("--batch_sizes", "[1]")
+    assert min(content["seconds_to_first_image"].values()) > 0
 
 
-def test_a_student_is_exported_in_its_real_bits_and_as_onnx(folders, tmp_path, capsys):
-    packed = export(ExportConfig(folders["student"], "packed", tmp_path / "packed"))
+def test_the_released_w4a4_student_takes_a_seventh_of_its_teachers_bytes():
+    teacher = PRETRAINED / "unet" / "diffusion_pytorch_model.safetensors"
+    assert 7 * (load_model("w4a4").folder / "model.safetensors").stat().st_size <= teacher.stat().st_size
+
+
+def test_a_student_is_exported_in_its_real_bits(student_folder, tmp_path):
+    packed = export(ExportConfig(student_folder, "packed", tmp_path / "packed"))
     x = torch.randn(2, 1, 28, 28)
-    expected = load_model(folders["student"]).denoiser(x, 500).sample
+    expected = load_model(student_folder).denoiser(x, 500).sample
     assert torch.equal(QuantizedUNet.from_pretrained(packed.parent)(x, 500).sample, expected)
-    graph = export(ExportConfig(folders["teacher"], "onnx", tmp_path / "onnx"))
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+
+def test_a_teacher_is_exported_as_onnx_with_its_scheduler(tmp_path):
+    unet = UNet2DModel(
+        8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), mid_block_type=None,
+    ).eval()  # fmt: skip
+    save_teacher(unet, tmp_path / "teacher")
+    graph = export(ExportConfig(str(tmp_path / "teacher"), "onnx", tmp_path / "onnx"))
+    x, session = torch.randn(2, 1, 8, 8), onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     eps = session.run(None, {"sample": x.numpy(), "timestep": np.array(500)})[0]
-    np.testing.assert_allclose(eps, load_model(folders["teacher"]).denoiser(x, 500).sample, atol=1e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(eps, unet(x, 500).sample, atol=1e-5)
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "scheduler"]
 
 
@@ -121,11 +134,7 @@ def test_a_student_is_exported_in_its_real_bits_and_as_onnx(folders, tmp_path, c
     [
         ("export", ["--format", "pickle"], 'format must be "onnx" or "packed", not "pickle"'),
         ("export", ["--model", "{teacher}", "--format", "packed"], "only a student has codes to pack"),
-        (
-            "export",
-            ["--model", "{student}", "--format", "packed", "--output", "{student}"],
-            "holds a model: choose",
-        ),
+        ("export", ["--model", "{student}", "--format", "packed", "--output", "{student}"], "holds a model: choose"),
         ("bench", ["--student", "{teacher}"], "is not a student: a run folder or a released student is needed"),
         ("bench", ["--batch_sizes", "[0]"], "batch_sizes must name sizes of at least 1, not [0]"),
         ("bench", ["--teacher", "{student}", "--student", "{student}"], "the teacher must be of full precision"),
@@ -134,11 +143,7 @@ def test_a_student_is_exported_in_its_real_bits_and_as_onnx(folders, tmp_path, c
         ("bench", ["--isa", "mmx"], 'this processor has no "mmx", only '),
     ],
 )
-def test_wrong_input_gets_one_line(command, arguments, message, folders, tmp_path, capsys):
+def test_wrong_input_gets_one_line(command, arguments, message, teacher_folder, student_folder, refuse):
     function, config = {"export": (export, ExportConfig), "bench": (bench.benchmark, bench.BenchConfig)}[command]
-    with pytest.raises(SystemExit) as caught:
-        run_command("prog", function, config, [argument.format(**folders) for argument in arguments])
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert message in err
+    folders = {"teacher": teacher_folder, "student": student_folder}
+    assert message in refuse(function, config, [argument.format(**folders) for argument in arguments])

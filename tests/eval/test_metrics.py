@@ -220,6 +220,7 @@ def recall(a, b):
     return precision_recall(a, b)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("score", "count", "sets"),
     [

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from ddpm_mnist.unet import save_teacher
 from eval.features import load_ruler
 from eval.fid import score_images
 from eval.models import load_model
 from eval.plots import image_grid, loss_curve, step_sizes
 from eval.report import write_report
 from eval.sample import DrawConfig, draw
-from quant import freeze
 from quant.summary import summarise
 
 # The lowest ratio of WCAG 2.2 between a text and what lies behind it; 4.5 is enough for small letters.
@@ -33,12 +31,10 @@ CONTRAST = """() => {
 
 
 @pytest.fixture(scope="module")
-def address(made_once, tmp_path_factory):
+def address(made_once, saved, tmp_path_factory):
     """That of the report of a small student."""
     folder = tmp_path_factory.mktemp("report")
-    save_teacher(made_once.unet, folder / "teacher")
-    freeze(made_once.student).save_pretrained(folder / "student")
-    models = [load_model(str(folder / name)) for name in ("teacher", "student")]
+    models = [load_model(str(saved / name)) for name in ("teacher", "student")]
     drawing = DrawConfig(num_images=6, num_steps=2)
     drawn = [draw(model, drawing) for model in models]
     timesteps = made_once.student.clock.timesteps
