@@ -26,13 +26,13 @@ from finetune.run import run
 from quant import calibrate
 from quant.integer.model import MAX_NUMBER
 
-SMALL = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
+SMALL = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 
 
 def make_folder(folder, scheduler=None, **options):
     torch.manual_seed(0)
-    options = {"sample_size": 28, "in_channels": 1, "out_channels": 1, **SMALL, **BLOCKS, **options}
+    options = {"sample_size": 8, "in_channels": 1, "out_channels": 1, **SMALL, **BLOCKS, **options}
     DDPMPipeline(UNet2DModel(**options), scheduler or DDPMScheduler()).save_pretrained(folder)
     return folder
 
@@ -65,7 +65,7 @@ def refusal(capsys, function, config, *arguments):
 def test_a_folder_is_sampled_as_its_own_pipeline_does(scheduler, tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "model", scheduler)
     ours = draw(folder, tmp_path, "--solver", "ddim", "--num_steps", "10", "--seed", "3")
-    noise = draw_noise(image_generators(range(3, 7)), (1, 28, 28))
+    noise = draw_noise(image_generators(range(3, 7)), (1, 8, 8))
     monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: noise)
     pipeline = DDIMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -76,17 +76,20 @@ def test_a_folder_is_sampled_as_its_own_pipeline_does(scheduler, tmp_path, monke
 @pytest.mark.parametrize(
     ("options", "scheduler", "shape"),
     [
-        ({"sample_size": 32, "in_channels": 3, "out_channels": 3}, None, (32, 32, 3)),
-        ({"sample_size": [16, 24]}, DDPMScheduler(prediction_type="v_prediction"), (16, 24)),
-        ({"num_class_embeds": 4}, DDPMScheduler(beta_schedule="scaled_linear"), (28, 28)),
+        (
+            {"sample_size": [8, 12], "in_channels": 3, "out_channels": 3},
+            DDPMScheduler(prediction_type="v_prediction"),
+            (8, 12, 3),
+        ),
+        ({"sample_size": 28, "num_class_embeds": 4}, DDPMScheduler(beta_schedule="scaled_linear"), (28, 28)),
     ],
 )
 def test_the_whole_of_it_for_another_model(options, scheduler, shape, tmp_path, capsys):
     teacher, student = make_folder(tmp_path / "teacher", scheduler, **options), tmp_path / "student"
     small = {
-        "num_trajectories": 8, "calibration_trajectories": 4, "distill.num_updates": 2, "distill.batch_size": 3,
-        "num_images": 12, "sampler.num_steps": 4, "student.rank": 2, "student.weight_bits": 8,
-        "student.act_bits": 8, "student.search": "min-max",
+        "num_trajectories": 4, "calibration_trajectories": 4, "distill.num_updates": 1, "distill.batch_size": 3,
+        "num_images": 12, "sampler.num_steps": 3, "distill.rollout_steps": 2, "student.rank": 2,
+        "student.weight_bits": 8, "student.act_bits": 8, "student.search": "min-max",
     }  # fmt: skip
     words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     run_command("prog", run, RunConfig, ["--teacher", str(teacher), "--output", str(student), *words])
@@ -94,14 +97,14 @@ def test_the_whole_of_it_for_another_model(options, scheduler, shape, tmp_path, 
     assert scores[2]["mse_to_teacher"] < 0.01
     assert (scores[2]["fid"] is None) == (shape != (28, 28))
     assert (student / "report.html").stat().st_size > 10_000
-    images, of_teacher = (draw(folder, tmp_path, "--num_steps", "4") for folder in (student, teacher))
+    images, of_teacher = (draw(folder, tmp_path, "--num_steps", "3") for folder in (student, teacher))
     assert images.shape == (4, *shape)
     assert images.dtype == np.uint8
     assert np.abs(images.astype(int) - of_teacher).mean() < 10
     assert load_model(str(student)).schedule.prediction_type == load_model(str(teacher)).schedule.prediction_type
-    grid = ["--models", str(teacher), str(student), "--columns", "3", "--num_steps", "4"]
+    grid = ["--models", str(teacher), str(student), "--columns", "3", "--num_steps", "3"]
     run_command("prog", draw_models, GridConfig, [*grid, "--output", str(tmp_path / "grid.png")])
-    fid = ["--model", str(student), "--teacher", str(teacher), "--num-images", "4", "--num_steps", "4"]
+    fid = ["--model", str(student), "--teacher", str(teacher), "--num-images", "4", "--num_steps", "3"]
     run_command("prog", print_fid, FidConfig, [*fid, "--output", str(tmp_path / "fid.json")])
     assert json.loads((tmp_path / "fid.json").read_text())["features"] == (
         "none" if shape != (28, 28) else scores[0]["features"]
@@ -123,7 +126,7 @@ def test_classes_and_guidance(tmp_path, capsys):
     assert (threes[0] != all_four[0]).any()
 
     config = SamplerConfig("dpm++", 3, labels=(1,), guidance_scale=3.0, null_class=0)
-    x, t, (one, null) = torch.randn(2, 1, 28, 28), torch.tensor([666, 666]), torch.tensor([[1, 1], [0, 0]])
+    x, t, (one, null) = torch.randn(2, 1, 8, 8), torch.tensor([666, 666]), torch.tensor([[1, 1], [0, 0]])
     with torch.no_grad():
         conditional, unconditional = (denoiser(x, t, labels).sample for labels in (one, null))
         solver = Solver(config, load_model(str(folder)).schedule)
@@ -177,7 +180,7 @@ def test_the_last_of_the_times_that_are_classes_is_drawn(tmp_path):
     assert LARGEST_TIME == MAX_NUMBER  # what the sampler lets through integers take
     options = {"class_embed_type": "timestep", "time_embedding_type": "learned", "num_train_timesteps": 1000}
     folder = make_folder(tmp_path / "model", **options)
-    assert draw(folder, tmp_path, "--num_steps", "2", "--labels", "[999]").shape == (4, 28, 28)
+    assert draw(folder, tmp_path, "--num_steps", "2", "--labels", "[999]").shape == (4, 8, 8)
 
 
 def test_the_published_recipe_says_which_solver_it_needs(tmp_path, capsys):
@@ -237,7 +240,7 @@ def test_an_average_of_diffusers_beside_its_network_is_read_with_its_scheduler(t
     """`unet_ema` as diffusers' trainings leave it in a checkpoint."""
     folder = make_folder(tmp_path / "model", DDPMScheduler(prediction_type="v_prediction"))
     torch.manual_seed(1)
-    other = UNet2DModel(sample_size=28, in_channels=1, out_channels=1, **SMALL, **BLOCKS)
+    other = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **SMALL, **BLOCKS)
     EMAModel(other.parameters(), model_cls=UNet2DModel, model_config=other.config).save_pretrained(folder / "unet_ema")
     model = load_model(str(folder / "unet_ema"))
     said = capsys.readouterr().out
@@ -360,7 +363,7 @@ def test_numbers_that_are_none_and_channels_that_are_no_picture(tmp_path, capsys
     words = ["--model", str(folder), "--output", str(tmp_path / "o.png")]
     assert "has images of 2 channels: a picture has 1 or 3" in refusal(capsys, write_samples, SampleConfig, *words)
     assert "a picture has 1 or 3" in refusal(capsys, draw_models, GridConfig, "--models", str(folder))
-    assert draw(folder, tmp_path, "--num_steps", "2").shape == (4, 28, 28, 2)
+    assert draw(folder, tmp_path, "--num_steps", "2").shape == (4, 8, 8, 2)
     unet = UNet2DModel.from_pretrained(folder / "unet")
     unet.conv_out.bias.data[0] = torch.nan
     unet.save_pretrained(folder / "unet")
@@ -385,16 +388,9 @@ def test_half_precision_folders_are_read_and_other_formats_named(tmp_path, capsy
 def test_a_student_keeps_its_teachers_scheduler(tmp_path):
     scheduler = DDPMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2", steps_offset=1)
     folder = make_folder(tmp_path / "teacher", scheduler)
-    words = [
-        "--num_trajectories",
-        "4",
-        "--calibration_trajectories",
-        "4",
-        "--distill.num_updates",
-        "0",
-    ]
-    words += ["--num_images", "12", "--sampler.num_steps", "3", "--teacher", str(folder)]
-    run_command("prog", run, RunConfig, [*words, "--output", str(tmp_path / "student")])
+    words = ["--num_trajectories=2", "--calibration_trajectories=2", "--distill.num_updates=0", "--sampler.num_steps=3"]
+    words += ["--distill.rollout_steps=2", "--teacher", str(folder), "--output", str(tmp_path / "student")]
+    run_command("prog", distill_student, RunConfig, words)
     teacher, student = (load_model(str(path)).schedule for path in (folder, tmp_path / "student"))
     assert student.config == teacher.config
     assert student.clip_range("ddim") is student.clip_range("dpm++") is None

@@ -131,8 +131,8 @@ def test_a_wrong_value_is_told_in_the_options_own_words(words, line, capsys):
     assert capsys.readouterr().err == f"prog: {line}\n"
 
 
-def said_in(locale, *words):
-    """The exit code and the errors of the words, bytes, in a process of that locale without UTF-8 mode."""
+def said_in(locale, *commands):
+    """What becomes of the words of each command, in a process of that locale without UTF-8 mode: exit code, error."""
     variables = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     program = (
         "import sys; from dataclasses import dataclass; from pathlib import Path\n"
@@ -140,29 +140,37 @@ def said_in(locale, *words):
         "@dataclass\n"
         "class Config:\n"
         "    output: Path = Path('a')\n"
-        "run_command('prog', lambda config: write_text(config.output, 'written'), Config, sys.argv[1:])\n"
+        "for option, value in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+        "    try:\n"
+        "        words, code = [option, value], 0\n"
+        "        run_command('prog', lambda config: write_text(config.output, 'written'), Config, words)\n"
+        "    except SystemExit as end:\n"
+        "        code = end.code\n"
+        "    print('exit', code, file=sys.stderr)\n"
     )
-    environment = {**os.environ, **variables}
-    ended = subprocess.run([sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True)
-    return ended.returncode, ended.stderr
+    words = [word for command in commands for word in command]
+    process = [sys.executable, "-c", program, *words]
+    ended = subprocess.run(process, env={**os.environ, **variables}, capture_output=True, text=True)
+    return [(int(code), error) for error, code in re.findall(r"((?:prog.*\n)?)exit (\d)\n", ended.stderr)]
 
 
 def test_an_output_is_written_or_the_encoding_that_lacks_its_letters_is_named(tmp_path):
-    output = f"{tmp_path}/ş数"
-    config = tmp_path / "c.yaml"
-    config.write_text(f"# ş\noutput: {output}\n", "utf-8")
-    for words in (["--output", output], ["--config", str(config)]):
-        code, line = said_in("C", *words)
-        assert (code, line.count("\n")) == (2, 1)
-        assert "is not in the locale's encoding, ascii: set PYTHONUTF8=1, or take another name" in line
-        assert said_in("C.UTF-8", *words) == (0, "")
-        assert Path(output).read_text() == "written"
-        Path(output).unlink()
-    config.write_text(f"# ş, in a comment alone\noutput: {tmp_path}/b\n", "utf-8")
-    assert said_in("C", "--config", str(config)) == (0, "")
-    code, line = said_in("C.UTF-8", "--output", os.fsencode(tmp_path) + b"/\xff")
-    assert (code, line.count("\n")) == (2, 1)
-    assert "is not in the locale's encoding, utf-8: take another name" in line
+    written = [f"{tmp_path}/ş{name}" for name in "12"]
+    for name, text in (("named", f"output: {written[1]}\n"), ("comment", f"# ş\noutput: {tmp_path}/b\n")):
+        (tmp_path / name).write_text(text, "utf-8")
+    commands = ["--output", written[0]], ["--config", str(tmp_path / "named")], ["--config", str(tmp_path / "comment")]
+    *refused, in_a_comment_alone = said_in("C", *commands)
+    assert len(refused) == 2
+    for code, error in refused:
+        assert code == 2
+        assert "is not in the locale's encoding, ascii: set PYTHONUTF8=1, or take another name" in error
+    assert in_a_comment_alone == (0, "")
+
+    *taken, (code, error) = said_in("C.UTF-8", *commands, ["--output", os.fsencode(tmp_path) + b"/\xff"])
+    assert taken == [(0, "")] * 3
+    assert [Path(path).read_text() for path in (*written, tmp_path / "b")] == ["written"] * 3
+    assert code == 2
+    assert "is not in the locale's encoding, utf-8: take another name" in error
 
 
 @pytest.mark.parametrize(
