@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 import finetune.unet
 import quant
 from ddpm_mnist.lab import command
+from ddpm_mnist.sampling.solver import SamplerConfig
 from eval.exactness import flipped_shares
 from eval.models import load_model
 from finetune import cli
@@ -164,8 +165,9 @@ def test_one_call_makes_a_student_of_an_own_unet(tmp_path, monkeypatch):
     )  # fmt: skip
     pipeline = DDPMPipeline(own, DDPMScheduler())
     small = RunConfig(
-        num_trajectories=4, calibration_trajectories=4, distill=DistillConfig(num_updates=1, batch_size=2)
-    )
+        num_trajectories=2, calibration_trajectories=2, sampler=SamplerConfig(num_steps=2),
+        distill=DistillConfig(num_updates=1, batch_size=2, rollout_steps=2),
+    )  # fmt: skip
     monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda name: pipeline)
     monkeypatch.setattr(finetune.unet, "RunConfig", lambda: small)
     monkeypatch.chdir(tmp_path)
@@ -183,13 +185,13 @@ def test_an_own_unet_is_distilled_step_by_step_and_runs_on_integers(tmp_path, mo
     code = "\n".join(code for language, code in FENCE.findall(before) if language == "python")
     torch.manual_seed(0)
     own = UNet2DModel(
-        16, block_out_channels=(32,), layers_per_block=1, mid_block_type=None,
+        8, block_out_channels=(16,), norm_num_groups=8, layers_per_block=1, mid_block_type=None,
         down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",),
     )  # fmt: skip
     monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda name: own)
     monkeypatch.setattr(DDIMScheduler, "from_pretrained", lambda name: DDIMScheduler())
     monkeypatch.chdir(tmp_path)
-    smaller = {"set_timesteps(20)": "set_timesteps(3)", "range(500)": "range(12)", "64": "8", "3, 32, 32": "3, 16, 16"}
+    smaller = {"set_timesteps(20)": "set_timesteps(3)", "range(500)": "range(12)", "64": "8", "3, 32, 32": "3, 8, 8"}
     for large, small in smaller.items():
         assert large in code
         code = code.replace(large, small)

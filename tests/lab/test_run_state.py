@@ -112,8 +112,9 @@ def test_a_folder_has_one_process_at_a_time(tmp_path):
     processes[0].join()
     assert processes[0].exitcode == -signal.SIGKILL
     assert enter() == "in"
-    processes[2].kill()
-    processes[2].join()
+    for process in processes[1:]:
+        process.kill()
+        process.join()
     lock_folder(tmp_path)
     lock_folder(tmp_path)  # its own is no other's
 
