@@ -186,7 +186,7 @@ def test_an_own_unet_is_distilled_step_by_step_and_runs_on_integers(tmp_path, mo
     torch.manual_seed(0)
     own = UNet2DModel(
         8, block_out_channels=(16,), norm_num_groups=8, layers_per_block=1, mid_block_type=None,
-        down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",),
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
     )  # fmt: skip
     monkeypatch.setattr(UNet2DModel, "from_pretrained", lambda name: own)
     monkeypatch.setattr(DDIMScheduler, "from_pretrained", lambda name: DDIMScheduler())
